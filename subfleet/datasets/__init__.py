@@ -1,1 +1,7 @@
+"""Data sets as federations: clients by number, their rows on demand."""
 
+from subfleet.datasets.federation import Block, Federation, split_clients
+from subfleet.datasets.memory import InMemory
+from subfleet.datasets.vectors import SyntheticVectors
+
+__all__ = ["Block", "Federation", "InMemory", "SyntheticVectors", "split_clients"]

@@ -1,0 +1,136 @@
+"""What the platform sees of a data set: clients by number, their rows on demand.
+
+A federation is cheap to pickle and opens lazily on each host. It holds arrays,
+never an object per client, so that a dormant client costs a few bytes at most.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.seeds import generator
+
+PARTS = ("train", "test", "all")
+
+
+class Block(NamedTuple):
+    """The rows of several clients, client after client.
+
+    Rows `offsets[i]` to `offsets[i + 1]` belong to the i-th client asked for.
+
+    >>> block = Block(np.zeros((3, 2), np.uint8), np.array([4, 5, 6]), np.array([0, 1, 3]))
+    >>> block.y[block.offsets[1] : block.offsets[2]]
+    array([5, 6])
+    """
+
+    x: np.ndarray  # [rows, *input_shape], uint8 or float32
+    y: np.ndarray  # [rows], int64
+    offsets: np.ndarray  # [clients + 1], int64
+
+
+@runtime_checkable
+class Federation(Protocol):
+    """Clients 0 .. num_clients - 1, each with a train and a test part."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_clients(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+    @property
+    def scale(self) -> float:
+        """What x is multiplied with on the device: 1/255 for pixels in uint8."""
+        ...
+
+    def sizes(self, ids: np.ndarray, part: str) -> np.ndarray:
+        """The number of rows of each client in `part`, int64 [len(ids)]."""
+        ...
+
+    def label_counts(self, ids: np.ndarray, part: str = "train") -> np.ndarray:
+        """The number of rows of each client and class, int64 [len(ids), num_classes]."""
+        ...
+
+    def block(self, ids: np.ndarray, part: str) -> Block:
+        """The rows of `part` ("train", "test" or "all") of the clients, in the order of `ids`."""
+        ...
+
+
+def checked_ids(ids: np.ndarray, num_clients: int) -> np.ndarray:
+    """`ids` as int64 [n]; InputError when one is outside 0 .. num_clients - 1."""
+    array = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if array.size and (array.min() < 0 or array.max() >= num_clients):
+        wrong = array[(array < 0) | (array >= num_clients)][0]
+        raise InputError(
+            f"client {wrong} is outside 0..{num_clients - 1}; "
+            f"ask for one of the {num_clients} clients of this data set"
+        )
+    return array
+
+
+def checked_part(part: str) -> str:
+    """`part` itself; InputError when it is none of PARTS."""
+    if part not in PARTS:
+        raise InputError(f"part={part!r} is unknown; {did_you_mean(part, PARTS)}")
+    return part
+
+
+def offsets_of(sizes: np.ndarray) -> np.ndarray:
+    """Where each client starts, int64 [clients + 1].
+
+    >>> offsets_of(np.array([2, 0, 3]))
+    array([0, 2, 2, 5])
+    """
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
+
+
+def train_sizes(sizes: np.ndarray) -> np.ndarray:
+    """How many of a client's n samples train: 80 %, at least one, and one left to test.
+
+    LEAF's rule: the fraction is rounded down; a client of two has one and one.
+
+    >>> train_sizes(np.array([0, 1, 2, 3, 10, 14]))
+    array([ 0,  1,  1,  2,  8, 11])
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    kept = np.maximum(np.minimum(sizes * 4 // 5, sizes - 1), 1)
+    return np.minimum(kept, sizes)
+
+
+def part_sizes(sizes: np.ndarray, part: str) -> np.ndarray:
+    """The rows in `part` of clients with `sizes` rows in all, by `train_sizes`, int64."""
+    checked_part(part)
+    sizes = np.asarray(sizes, dtype=np.int64)
+    if part == "all":
+        return sizes
+    return train_sizes(sizes) if part == "train" else sizes - train_sizes(sizes)
+
+
+def split_clients(
+    seed: int, num_clients: int, held_out: float = 0.2
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clients that train and those held out to measure the global model.
+
+    Both are sorted int64 arrays; of two clients or more there is one of each at
+    least, unless `held_out` is 0. Source: the 80/20 client split of ADDS.
+
+    >>> train, held = split_clients(0, 10)
+    >>> len(train), len(held), np.array_equal(np.union1d(train, held), np.arange(10))
+    (8, 2, True)
+    """
+    if not 0 <= held_out < 1:
+        raise InputError(f"held_out={held_out} is outside [0, 1); 0.2 is usual")
+    count = 0
+    if held_out > 0 and num_clients >= 2:
+        count = min(max(round(held_out * num_clients), 1), num_clients - 1)
+    chosen = generator(seed, "held-out clients").permutation(num_clients)[:count]
+    held = np.zeros(num_clients, dtype=bool)
+    held[chosen] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)

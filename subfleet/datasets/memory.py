@@ -1,0 +1,103 @@
+"""A federation that is arrays in memory, for tests, benchmarks and one's own data."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from subfleet.core.errors import InputError
+from subfleet.datasets.federation import Block, checked_ids, checked_part, offsets_of
+from subfleet.datasets.split import seeded_split
+
+
+class InMemory:
+    """Clients whose rows are `x[offsets[i] : offsets[i + 1]]`; pickles its arrays.
+
+    x: [rows, *input_shape]; y: integers [rows] in 0 .. num_classes - 1; offsets:
+    integers [clients + 1], from 0 to rows, never falling. `train` (bool [rows])
+    names the rows that train; without it 80 % of each client's do, by the seed.
+
+    >>> data = InMemory(np.zeros((10, 3), np.float32), np.arange(10) % 2, np.array([0, 5, 10]))
+    >>> data.sizes(np.array([1, 0]), "train"), data.block(np.array([1]), "test").x.shape
+    (array([4, 4]), (1, 3))
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        num_classes: int | None = None,
+        scale: float | None = None,
+        seed: int = 0,
+        train: np.ndarray | None = None,
+        name: str = "in_memory",
+    ) -> None:
+        self.name = name
+        self._x = np.asarray(x)
+        self._y = np.asarray(y, dtype=np.int64)
+        self._offsets = np.asarray(offsets, dtype=np.int64)
+        self._check_shapes()
+        self.num_clients = len(self._offsets) - 1
+        self.num_classes = int(self._y.max(initial=0)) + 1 if num_classes is None else num_classes
+        if self._y.size and not 0 <= self._y.min() <= self._y.max() < self.num_classes:
+            raise InputError(
+                f"y has labels from {self._y.min()} to {self._y.max()}, outside "
+                f"0..{self.num_classes - 1}; correct them or raise num_classes"
+            )
+        self.input_shape: tuple[int, ...] = self._x.shape[1:]
+        self.scale = (1 / 255 if self._x.dtype == np.uint8 else 1.0) if scale is None else scale
+        if train is not None and len(train) != len(self._y):
+            raise InputError(f"train has {len(train)} rows, y {len(self._y)}; give one a row")
+        self._train = (
+            seeded_split(seed, self._offsets) if train is None else np.asarray(train, bool)
+        )
+
+    def _check_shapes(self) -> None:
+        rows = len(self._y)
+        if len(self._x) != rows:
+            raise InputError(f"x has {len(self._x)} rows, y {rows}; they must be equal")
+        ends = self._offsets[[0, -1]] if self._offsets.size else np.array([-1, -1])
+        if ends[0] != 0 or ends[1] != rows or np.any(np.diff(self._offsets) < 0):
+            raise InputError(
+                f"offsets run from {ends[0]} to {ends[1]}; they must rise from 0 to {rows}, "
+                "the number of rows"
+            )
+
+    def _rows(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of the part, client after client, and the clients' offsets."""
+        checked_part(part)
+        ids = checked_ids(ids, self.num_clients)
+        starts, sizes = self._offsets[ids], self._offsets[ids + 1] - self._offsets[ids]
+        bounds = offsets_of(sizes)
+        rows = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], sizes)
+        if part == "all":
+            return rows, bounds
+        chosen = self._train[rows] == (part == "train")
+        return rows[chosen], offsets_of(chosen)[bounds]
+
+    def sizes(self, ids: np.ndarray, part: str) -> np.ndarray:
+        """The number of rows of each client in `part`, int64 [len(ids)]."""
+        return np.diff(self._rows(ids, part)[1])
+
+    def label_counts(self, ids: np.ndarray, part: str = "train") -> np.ndarray:
+        """The number of rows of each client and class, int64 [len(ids), num_classes]."""
+        rows, offsets = self._rows(ids, part)
+        return count_labels(self._y[rows], offsets, self.num_classes)
+
+    def block(self, ids: np.ndarray, part: str) -> Block:
+        """The clients' rows in their stored order."""
+        rows, offsets = self._rows(ids, part)
+        return Block(self._x[rows], self._y[rows], offsets)
+
+
+def count_labels(y: np.ndarray, offsets: np.ndarray, num_classes: int) -> np.ndarray:
+    """Label histograms of clients stored one after another, int64 [clients, num_classes].
+
+    >>> count_labels(np.array([0, 2, 2]), np.array([0, 1, 3]), 3)
+    array([[1, 0, 0],
+           [0, 0, 2]])
+    """
+    clients = len(offsets) - 1
+    cell = np.repeat(np.arange(clients), np.diff(offsets)) * num_classes + y
+    return np.bincount(cell, minlength=clients * num_classes).reshape(clients, num_classes)
