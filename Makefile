@@ -1,0 +1,71 @@
+# Everything here works from a fresh clone with Python 3.11 or newer and make.
+#
+#   make demo     install, then watch three tiers of clients train sub-networks
+#   make test     install, then run the tests
+#   make check    install, then formatting, lint and types
+#
+# Variables: VENV (the environment's folder), PYTHON (which Python makes it),
+# TORCH_INDEX (address of an extra package index, such as PyTorch's own for CPUs;
+# without it pip takes the torch that your index serves, on Linux with CUDA),
+# PYTEST_ARGS and BENCH_ARGS.
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet \
+	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+DEMO := $(BIN)/python -m subfleet demo
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench clean
+
+help:
+	@echo "make install   make the environment in $(VENV)"
+	@echo "make demo      install, then run the main job on an embedded data set"
+	@echo "make test      install, then run the tests (PYTEST_ARGS='-m \"not ray\"' for fewer)"
+	@echo "make check     install, then check formatting, lint and types"
+	@echo "make format    put the code into the house format"
+	@echo "make bench     install, then run every script in benchmarks/"
+	@echo "make clean     remove the environment, caches and build leftovers"
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted install starts over.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "subfleet needs Python 3.11 or newer; '$(PYTHON)' is not. Set PYTHON=/path/to/python3.11" >&2; \
+		exit 2; }
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	@for script in $(BENCHMARKS); do \
+		echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,353 @@
+"""The one configuration: an `Experiment`, read from TOML or built in Python.
+
+Each table of the TOML file is a frozen model below. A key's bound and the words
+that explain it stand beside it; error messages and the reference page of the
+documentation are made from them. Tables that belong to an algorithm, a model or
+a data set also carry that thing's own keys (`Table.options`), which
+`subfleet.registry` checks against what it builds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from subfleet import config_errors, config_text
+from subfleet.core.errors import InputError
+
+SHARE_TOLERANCE = 1e-6
+
+
+def _whole(value: Any) -> Any:
+    """Let TOML's `3e7` stand for a whole number; leave all else to the type check."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole)]
+
+
+class Table(BaseModel):
+    """A frozen table that knows all its keys; a string is never taken for a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class OpenTable(Table):
+    """A table that also carries the own keys of what its `name` names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _options_survive_toml(self) -> Self:
+        for key, value in (self.model_extra or {}).items():
+            if not config_text.is_plain(value):
+                raise ValueError(
+                    f"{key} = {value!r} is not a finite number, string, true/false, "
+                    "or a list or table of these; write it as one"
+                )
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is set, without `name`: the shared keys and the thing's own.
+
+        >>> DataTable(name="femnist", clients=100, slant=0.2).options
+        {'clients': 100, 'slant': 0.2}
+        """
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+
+class DataTable(OpenTable):
+    """`[data]`: which samples, and who holds them."""
+
+    name: str = Field(description="name a data set; `subfleet data list` shows them")
+    source: str | None = Field(default=None, description="give the folder that holds the files")
+    partition: str | None = Field(
+        default=None, description="name the way samples are dealt to clients, such as 'dirichlet'"
+    )
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="set the Dirichlet concentration; 0.1 is very skewed, 100 is even",
+    )
+    classes_per_client: int | None = Field(
+        default=None, ge=1, description="set how many classes each client holds"
+    )
+    clients: Count | None = Field(default=None, ge=1, description="set how many clients there are")
+    split: str | None = Field(
+        default=None, description="name the split of a client's samples into training and test"
+    )
+
+
+class ModelTable(OpenTable):
+    """`[model]`: the super-network."""
+
+    name: str = Field(
+        default="cnn", description="name a super-network; `subfleet models list` shows them"
+    )
+    width: float | None = Field(
+        default=None, gt=0, le=16, description="set the multiple of the super-network's own widths"
+    )
+
+
+class Tier(Table):
+    """One class of device: its share of the fleet and what it can afford."""
+
+    name: str = Field(min_length=1, description="give the tier a name, such as 'low'")
+    share: float = Field(gt=0, le=1, description="set the tier's share of the clients")
+    width: float | None = Field(
+        default=None, gt=0, le=1, description="set the share of each layer's units this tier trains"
+    )
+    flops: Count | None = Field(
+        default=None, ge=1, description="set the most multiply-accumulates for one sample"
+    )
+    params: Count | None = Field(default=None, ge=1, description="set the most parameters")
+
+    @model_validator(mode="after")
+    def _one_kind_of_limit(self) -> Self:
+        by_cost = self.flops is not None or self.params is not None
+        if (self.width is not None) == by_cost:
+            given = "both" if by_cost else "neither"
+            raise ValueError(
+                f"tier {self.name!r} gives {given} of a width and a cost limit; "
+                "set either `width`, or `flops` and/or `params`"
+            )
+        return self
+
+
+def _one_tier() -> tuple[Tier, ...]:
+    return (Tier(name="all", share=1.0, width=1.0),)
+
+
+class FleetTable(Table):
+    """`[fleet]`: the devices."""
+
+    # TOML has lists, Python callers may give tuples; both become a tuple.
+    tiers: tuple[Tier, ...] = Field(
+        default_factory=_one_tier,
+        strict=False,
+        description="list the tiers as {name, share, width | flops | params}",
+    )
+
+    @model_validator(mode="after")
+    def _shares_and_names(self) -> Self:
+        if not self.tiers:
+            raise ValueError("tiers is empty; add at least one tier, or leave the key out")
+        names = [tier.name for tier in self.tiers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two tiers are named {name!r}; give each tier its own name")
+        total = sum(tier.share for tier in self.tiers)
+        if abs(total - 1.0) > SHARE_TOLERANCE:
+            shares = " + ".join(f"{tier.share:g}" for tier in self.tiers)
+            raise ValueError(f"the tiers' shares {shares} sum to {total:.7g}; make them sum to 1")
+        return self
+
+
+class AlgorithmTable(OpenTable):
+    """`[algorithm]`: what server and clients do."""
+
+    name: str = Field(
+        default="fedavg", description="name an algorithm; `subfleet algorithms` shows them"
+    )
+
+
+class TrainTable(Table):
+    """`[train]`: a client's local training."""
+
+    optimizer: Literal["sgd"] = Field(default="sgd", description="use 'sgd'")
+    lr: float = Field(default=0.1, gt=0, description="set the clients' learning rate")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="set the momentum; 0 is none")
+    weight_decay: float = Field(default=0.0, ge=0, description="set the weight decay; 0 is none")
+    batch_size: int = Field(default=20, ge=1, description="set the samples of one step")
+    epochs: int | None = Field(
+        default=None, ge=1, description="set the passes over a client's samples in one round"
+    )
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="set the steps a client makes in one round, in place of epochs",
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="set the largest norm of a step's gradient, or leave it out"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_by_default(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("steps") is None:
+            values = {**values, "epochs": 1 if values.get("epochs") is None else values["epochs"]}
+        return values
+
+    @model_validator(mode="after")
+    def _epochs_or_steps(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"epochs = {self.epochs} and steps = {self.steps} are both set; remove one of them"
+            )
+        return self
+
+
+class RunTable(Table):
+    """`[run]`: how long, how many at a time, where, and what to keep."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63, description="set the seed of all randomness")
+    rounds: Count = Field(default=100, ge=1, description="set how many rounds to run")
+    cohort: Count = Field(default=20, ge=1, description="set how many clients take part in a round")
+    hosts: int = Field(
+        default=0, ge=0, description="set how many hosts work; 0 follows the machine"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="say where clients train"
+    )
+    engine: Literal["auto", "loop", "vmap"] = Field(
+        default="auto", description="say how clients of one shape run: one by one, or side by side"
+    )
+    eval_every: int = Field(
+        default=5, ge=0, description="set the rounds between evaluations; 0 is only after the last"
+    )
+    eval_clients: Count = Field(
+        default=1000, ge=0, description="set the most clients to evaluate on; 0 is all"
+    )
+    checkpoint_every: int = Field(
+        default=10, ge=0, description="set the rounds between checkpoints; 0 is only after the last"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="set how many of the newest to keep")
+    target_accuracy: float | None = Field(
+        default=None, gt=0, le=1, description="set the accuracy, as a fraction, at which to stop"
+    )
+    max_seconds: float | None = Field(
+        default=None, gt=0, description="set the time after which to stop"
+    )
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="say whether a client that turns NaN stops the run or is left out",
+    )
+    bundle_clients: int = Field(
+        default=0,
+        ge=0,
+        description="set how many average clients one bundle may cost; 0 is automatic",
+    )
+
+    @property
+    def clients_per_bundle(self) -> int:
+        """`bundle_clients`, or a sixteenth of the cohort, at least 1 and at most 64.
+
+        It follows from the experiment alone, never from the number of hosts:
+        bundles decide the order of the sums and with it the last bits.
+
+        >>> RunTable(cohort=100).clients_per_bundle
+        7
+        """
+        return self.bundle_clients or max(1, min(64, -(-self.cohort // 16)))
+
+
+# What may differ between two runs that must give the same bits...
+NOT_OF_THE_RESULT = frozenset(
+    {"run.hosts", "run.checkpoint_every", "run.keep_checkpoints", "run.max_seconds"}
+)
+# ... and what only says when a run ends, not what its rounds are.
+WHEN_TO_STOP = frozenset({"run.rounds", "run.target_accuracy"})
+
+
+class Experiment(Table):
+    """All that a run needs to know, checked and frozen.
+
+    The smallest names a data set; every other key has a default.
+
+    >>> Experiment(data={"name": "synthetic_femnist"}).train.lr
+    0.1
+    >>> Experiment(data={"name": "femnist"}, train={"lr": -1})
+    Traceback (most recent call last):
+    subfleet.core.errors.InputError: train.lr = -1: must be greater than 0; ...
+
+    Raises:
+        InputError: Naming the key, its value, the bound and the remedy.
+    """
+
+    data: DataTable = Field(description="add a table [data] with a `name`")
+    model: ModelTable = Field(default_factory=ModelTable)
+    fleet: FleetTable = Field(default_factory=FleetTable)
+    algorithm: AlgorithmTable = Field(default_factory=AlgorithmTable)
+    train: TrainTable = Field(default_factory=lambda: TrainTable.model_validate({}))
+    run: RunTable = Field(default_factory=RunTable)
+
+    def __init__(self, **tables: Any) -> None:
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise InputError(config_errors.explain(error, type(self), tables)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+        """Read an experiment from a TOML file, then apply `a.b=c` overrides in order.
+
+        Raises:
+            InputError: The file cannot be read, is not TOML, or a key is wrong;
+                the message starts with the file's path.
+        """
+        tables = config_text.read_toml(Path(path))
+        for override in overrides:
+            config_text.apply_override(tables, override)
+        return cls._from_tables(tables, str(path))
+
+    @classmethod
+    def _from_tables(cls, tables: dict[str, Any], origin: str) -> Experiment:
+        try:
+            return cls(**tables)
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
+
+    def with_overrides(self, overrides: Iterable[str]) -> Experiment:
+        """A copy with `a.b=c` overrides applied.
+
+        >>> smaller = Experiment(data={"name": "femnist"}).with_overrides(["run.rounds=3"])
+        >>> smaller.run.rounds
+        3
+        """
+        tables = self.to_tables()
+        for override in overrides:
+            config_text.apply_override(tables, override)
+        return type(self)(**tables)
+
+    def to_tables(self) -> dict[str, Any]:
+        """The experiment as plain tables, every default spelled out, unset keys left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The experiment as TOML; loading it gives an equal experiment."""
+        return tomli_w.dumps(self.to_tables())
+
+    @classmethod
+    def from_toml(cls, text: str, origin: str = "experiment") -> Experiment:
+        """An experiment from TOML text; `origin` heads the messages of errors."""
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{origin}: not valid TOML: {error}") from None
+        return cls._from_tables(tables, origin)
+
+    def fingerprint(self, *, stops: bool = True) -> str:
+        """A digest (sha256, hexadecimal) of the keys that decide the result.
+
+        Keys in `NOT_OF_THE_RESULT` never count. With `stops=False` those in
+        `WHEN_TO_STOP` do not either: two experiments with equal such digests
+        run the same rounds, so the longer may continue from the shorter.
+
+        >>> experiment = Experiment(data={"name": "femnist"})
+        >>> experiment.fingerprint() == experiment.with_overrides(["run.hosts=3"]).fingerprint()
+        True
+        """
+        tables = self.to_tables()
+        for dotted in NOT_OF_THE_RESULT | (frozenset() if stops else WHEN_TO_STOP):
+            table, key = dotted.split(".")
+            tables[table].pop(key, None)
+        text = json.dumps(tables, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
