@@ -1,1 +1,19 @@
+"""Super-networks by name."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from subfleet.core.supernet import SuperNetwork
+from subfleet.models.chain import chain as chain
+from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
+from subfleet.models.vgg import vgg
+
+ZOO: dict[str, Callable[..., SuperNetwork]] = {
+    "small_cnn": small_cnn,
+    "leaf_cnn": leaf_cnn,
+    "cifar_cnn": cifar_cnn,
+    "logreg": logreg,
+    "vgg": vgg,
+}
+"""Name -> factory; every factory takes `input_shape` and `num_classes` by keyword."""

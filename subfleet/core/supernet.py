@@ -1,0 +1,134 @@
+"""The super-network: all that the rest of subfleet knows about a model.
+
+Nothing here depends on how a model was described: `build` may come from a chain
+of layers (`subfleet.models.chain`) or from anything else that yields physically
+small modules whose tensors have the super-network's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from subfleet.core import cost as costs
+from subfleet.core import seeds
+from subfleet.core.cost import Convention, Cost, Layer, StatisticsPolicy, WireBytes
+from subfleet.core.errors import InputError
+from subfleet.core.units import IndexMap, UnitSpace
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SuperNetwork:
+    """A network whose unit groups can be cut, with its costs and its builder.
+
+    `space` binds every tensor of the state dictionary except the integer counters
+    `num_batches_tracked`, which are dropped everywhere (BatchNorm's momentum is
+    fixed). `build(counts)` makes the module in which group g has `counts[g]` units.
+    `elastic`: the groups that may vary. `statistics`: names of running means and
+    variances. `input_shape` is one sample's, without the batch axis.
+
+    It pickles when `build` does: give a `functools.partial` of a module's function.
+    """
+
+    name: str
+    space: UnitSpace
+    layers: tuple[Layer, ...]
+    build: Callable[[Mapping[str, int]], nn.Module]
+    input_shape: tuple[int, ...]
+    num_classes: int
+    elastic: tuple[str, ...]
+    statistics: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        for group in self.elastic:
+            self.space.size(group)
+        unknown = sorted(self.statistics - set(self.space.shapes))
+        if unknown:
+            raise InputError(
+                f"model {self.name!r} names statistics {unknown} that are not among its tensors; "
+                "name running means and variances only"
+            )
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of what training moves: every tensor that is not a running statistic."""
+        return frozenset(self.space.shapes) - self.statistics
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of the running statistics."""
+        return self.statistics
+
+    def init(self, seed: int) -> dict[str, Tensor]:
+        """Fresh parameters and running statistics, a function of the seed alone, float32."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.key(seed, "init"))
+            module = drop_counters(self.build(dict(self.space.groups)))
+        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def module(self, map: IndexMap | None = None) -> nn.Module:
+        """The physically small module of a map, in training mode, with arbitrary values.
+
+        Its state dictionary has exactly the names of `space` and the shapes of
+        `space.slice_shapes(map)`; torch's global random state is left as it was.
+        """
+        map = IndexMap.full() if map is None else map
+        self.space.validate(map)
+        with torch.random.fork_rng(devices=[]):
+            return drop_counters(self.build(self.space.counts_by_group(map)))
+
+    def cost(
+        self,
+        map: IndexMap | None = None,
+        convention: Convention = "macs",
+        *,
+        count_bias: bool = False,
+        count_norm: bool = False,
+    ) -> Cost:
+        """Parameters and multiply-accumulates for one sample (see `subfleet.core.cost`)."""
+        return costs.cost(
+            self.layers,
+            self.space,
+            map,
+            convention,
+            count_bias=count_bias,
+            count_norm=count_norm,
+        )
+
+    def stored_params(self, map: IndexMap, policy: StatisticsPolicy = "indexed_mean") -> int:
+        """Entries that a message carries; policy "local" leaves the running statistics out."""
+        return costs.stored_params(self.space, map, statistics=self.statistics, policy=policy)
+
+    def wire_bytes(self, map: IndexMap, policy: StatisticsPolicy = "indexed_mean") -> WireBytes:
+        """Bytes of one message, for the tensors and for the map."""
+        return costs.wire_bytes(self.space, map, statistics=self.statistics, policy=policy)
+
+
+def drop_counters(module: nn.Module) -> nn.Module:
+    """Remove `num_batches_tracked` from every BatchNorm, in place, and return the module.
+
+    With a fixed momentum nothing reads the counter, and an integer cannot be averaged.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            if part.track_running_stats and part.momentum is None:
+                raise InputError(
+                    "a BatchNorm has momentum None, a cumulative average that needs a batch "
+                    "counter; give it a fixed momentum such as 0.1"
+                )
+            if getattr(part, "num_batches_tracked", None) is not None:
+                part.num_batches_tracked = None
+                part.register_load_state_dict_pre_hook(_without_counter)
+    return module
+
+
+def _without_counter(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
+) -> None:
+    """Take out the counter that torch adds to state dictionaries that lack one."""
+    del module, rest
+    state_dict.pop(f"{prefix}num_batches_tracked", None)

@@ -1,0 +1,322 @@
+"""Unit groups, and how each axis of each tensor depends on them.
+
+A *unit* is a channel or a neuron. A *unit group* is a set of units that are kept
+or dropped together everywhere they appear. An *axis binding* says which indices
+of one tensor axis belong to the kept units; a `UnitSpace` holds the bindings of a
+whole super-network, cuts sub-networks out of it and puts them back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subfleet.core.bindings import Binding as Binding
+from subfleet.core.bindings import Block as Block
+from subfleet.core.bindings import Concat as Concat
+from subfleet.core.bindings import Free as Free
+from subfleet.core.bindings import Gates as Gates
+from subfleet.core.bindings import Unit as Unit
+from subfleet.core.bindings import extent as extent
+from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.maps import IndexMap as IndexMap
+
+Tensors = dict[str, Tensor]
+"""A flat parameter tree with module-style names, such as "conv1.weight"."""
+
+
+class _Cut(NamedTuple):
+    """How one tensor is sliced: contiguous axes as slices, the others by index."""
+
+    shape: torch.Size
+    slices: tuple[slice, ...] | None  # None: every axis whole
+    select: tuple[tuple[int, Tensor], ...]  # (axis, int64 indices) of non-contiguous axes
+    grid: tuple[Tensor, ...] | None  # broadcast indices when several axes are selected
+
+
+_MAX_CUTS = 256  # random maps differ for every client; keep a bundle's worth
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """The unit groups of a super-network and the axis bindings of its tensors.
+
+    `groups`: units of each group. `axes`: one binding for each axis of each tensor.
+    `shapes`: the full shapes. Raises `InputError` where they contradict each other.
+
+    >>> space = UnitSpace({"h": 3}, {"w": (Unit("h"), Free())}, {"w": (3, 2)})
+    >>> w = {"w": torch.arange(6.0).reshape(3, 2)}
+    >>> space.extract(w, IndexMap.of({"h": [0, 2]}))["w"].tolist()
+    [[0.0, 1.0], [4.0, 5.0]]
+    """
+
+    groups: Mapping[str, int]
+    axes: Mapping[str, tuple[Binding, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    _cuts: OrderedDict[bytes, dict[str, _Cut]] = field(
+        default_factory=OrderedDict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if set(self.axes) != set(self.shapes):
+            odd = sorted(set(self.axes) ^ set(self.shapes))
+            raise InputError(f"tensors {odd} have a binding or a shape, but not both; give both")
+        for name, bindings in self.axes.items():
+            shape = tuple(self.shapes[name])
+            wanted = tuple(
+                size if isinstance(binding, Free) else extent(binding, self.groups)
+                for binding, size in zip(bindings, shape, strict=False)
+            )
+            if len(bindings) != len(shape) or wanted != shape:
+                raise InputError(
+                    f"tensor {name!r} has shape {shape}, its bindings say {wanted}; correct one"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"groups": self.groups, "axes": self.axes, "shapes": self.shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _cuts=OrderedDict())
+
+    # -- what a map means here
+
+    @property
+    def num_units(self) -> int:
+        """J_w, the units of all groups together."""
+        return sum(self.groups.values())
+
+    def size(self, group: str) -> int:
+        """C_g, the units of one group; `InputError` for an unknown group."""
+        if group not in self.groups:
+            raise InputError(f"unknown unit group {group!r}; {did_you_mean(group, self.groups)}")
+        return self.groups[group]
+
+    def validate(self, map: IndexMap) -> None:
+        """Raise `InputError` for an unknown group or a unit beyond its group."""
+        for group, indices in map.kept.items():
+            size = self.size(group)
+            if indices[-1] >= size:
+                raise InputError(
+                    f"group {group!r} has units 0 to {size - 1}, the map keeps unit "
+                    f"{int(indices[-1])}; keep units below {size}"
+                )
+
+    def canonical(self, map: IndexMap) -> IndexMap:
+        """The same map without the groups that it keeps whole, so that equal means equal."""
+        kept = {g: i for g, i in map.kept.items() if len(i) < self.size(g)}
+        return map if len(kept) == len(map.kept) else IndexMap(kept)
+
+    def counts_by_group(self, map: IndexMap) -> dict[str, int]:
+        """Kept units of each group."""
+        kept = map.kept
+        return {g: len(kept[g]) if g in kept else size for g, size in self.groups.items()}
+
+    def counts(self, map: IndexMap) -> tuple[int, ...]:
+        """Kept units in the order of `groups`: the static shape of the sub-network."""
+        return tuple(self.counts_by_group(map).values())
+
+    def indices(self, binding: Binding, map: IndexMap, size: int | None = None) -> np.ndarray:
+        """The kept indices of an axis, int64 and increasing; `size` is a free axis's extent."""
+        match binding:
+            case Free(length):
+                length = length if length is not None else size
+                return np.arange(extent(Free(length), self.groups))
+            case Unit(group):
+                return self._units(map, group)
+            case Block(group, each):
+                units = self._units(map, group)
+                return (units[:, None] * each + np.arange(each)).reshape(-1)
+            case Gates(group, gates):
+                offsets = np.arange(gates) * self.size(group)
+                return (offsets[:, None] + self._units(map, group)).reshape(-1)
+            case Concat(parts):
+                ends = np.cumsum([0] + [extent(part, self.groups) for part in parts])
+                pieces = [self.indices(p, map) + e for p, e in zip(parts, ends, strict=False)]
+                return np.concatenate(pieces)
+        raise TypeError(f"{binding!r} is not an axis binding")
+
+    def _units(self, map: IndexMap, group: str) -> np.ndarray:
+        kept = map.kept.get(group)
+        return np.arange(self.size(group)) if kept is None else kept
+
+    def slice_shapes(self, map: IndexMap) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the sub-network."""
+        counts = self.counts_by_group(map)
+        return {
+            name: tuple(
+                size if isinstance(binding, Free) else extent(binding, counts)
+                for binding, size in zip(bindings, self.shapes[name], strict=True)
+            )
+            for name, bindings in self.axes.items()
+        }
+
+    def slice_numel(self, map: IndexMap, without: Collection[str] = ()) -> int:
+        """Entries of all tensors of the sub-network together, but for those in `without`."""
+        shapes = self.slice_shapes(map)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in without)
+
+    # -- cutting out and putting back
+
+    def extract(
+        self, tensors: Mapping[str, Tensor], map: IndexMap, *, copy: bool = True
+    ) -> Tensors:
+        """The sub-network's tensors, `T[ix_(axis 0, axis 1, ...)]`, under the same names.
+
+        With `copy` the results are fresh and contiguous. Without, contiguous cuts (full
+        and prefix maps) are views of `tensors`: cheaper, and not to be written to.
+        Names absent from `tensors` stay absent; dtype and device are kept.
+        """
+        cuts = self._cuts_for(map)
+        small = {}
+        for name, tensor in tensors.items():
+            cut = cuts.get(name)
+            if cut is None:
+                raise self._unknown(name)
+            piece = tensor if cut.slices is None else tensor[cut.slices]
+            for axis, index in cut.select:
+                piece = piece.index_select(axis, _on(index, tensor))
+            if copy and not cut.select:
+                piece = piece.clone(memory_format=torch.contiguous_format)
+            small[name] = piece
+        return small
+
+    def scatter(
+        self, small: Mapping[str, Tensor], map: IndexMap, out: Tensors | None = None
+    ) -> Tensors:
+        """Full tensors that hold `small` where the map covers them.
+
+        Elsewhere they are 0, or, when `out` is given, what `out` holds: it is written in
+        place and returned. Names absent from `small` stay absent (or untouched).
+        """
+        if out is None:
+            out = {n: t.new_zeros(self.shapes[n]) for n, t in small.items() if n in self.shapes}
+        cuts = self._cuts_for(map)
+        for name, tensor in small.items():
+            cut = self._checked(cuts, name, tensor)
+            view = out[name] if cut.slices is None else out[name][cut.slices]
+            if cut.grid is not None:
+                view[tuple(_on(i, tensor) for i in cut.grid)] = tensor.to(view.dtype)
+            elif cut.select:
+                axis, index = cut.select[0]
+                view.index_copy_(axis, _on(index, tensor), tensor.to(view.dtype))
+            else:
+                view.copy_(tensor)
+        return out
+
+    def scatter_add_(
+        self, dense: Tensors, small: Mapping[str, Tensor], map: IndexMap, alpha: float = 1.0
+    ) -> None:
+        """`dense[covered] += alpha * small`, in place and in the dtype of `dense`."""
+        cuts = self._cuts_for(map)
+        for name, tensor in small.items():
+            cut = self._checked(cuts, name, tensor)
+            view = dense[name] if cut.slices is None else dense[name][cut.slices]
+            if cut.grid is not None:
+                grid = tuple(_on(i, tensor) for i in cut.grid)
+                view[grid] = view[grid].add_(tensor, alpha=alpha)
+            elif cut.select:
+                axis, index = cut.select[0]
+                view.index_add_(axis, _on(index, tensor), tensor.to(view.dtype), alpha=alpha)
+            else:
+                view.add_(tensor, alpha=alpha)
+
+    def add_constant_(self, dense: Tensors, map: IndexMap, value: float) -> None:
+        """`dense[covered] += value` for every name in `dense`, in place."""
+        cuts = self._cuts_for(map)
+        for name, tensor in dense.items():
+            cut = cuts[name]
+            view = tensor if cut.slices is None else tensor[cut.slices]
+            if cut.grid is not None:
+                grid = tuple(_on(i, tensor) for i in cut.grid)
+                view[grid] = view[grid].add_(value)
+            elif cut.select:
+                axis, at = cut.select[0][0], _on(cut.select[0][1], tensor)
+                view.index_copy_(axis, at, view.index_select(axis, at).add_(value))
+            else:
+                view.add_(value)
+
+    def coverage(self, map: IndexMap, dtype: torch.dtype = torch.float32) -> Tensors:
+        """1 where the map keeps a coordinate, 0 elsewhere; full shapes."""
+        dense = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.shapes.items()}
+        self.add_constant_(dense, map, 1.0)
+        return dense
+
+    def axis_coverage(self, map: IndexMap) -> dict[str, tuple[np.ndarray, ...]]:
+        """The coverage as one bool array for each axis; their outer product is `coverage`."""
+        covered = {}
+        for name, bindings in self.axes.items():
+            masks = [np.zeros(size, dtype=bool) for size in self.shapes[name]]
+            for mask, binding in zip(masks, bindings, strict=True):
+                mask[self.indices(binding, map, len(mask))] = True
+            covered[name] = tuple(masks)
+        return covered
+
+    def _checked(self, cuts: dict[str, _Cut], name: str, small: Tensor) -> _Cut:
+        if name not in cuts:
+            raise self._unknown(name)
+        if small.shape != cuts[name].shape:
+            raise InputError(
+                f"tensor {name!r} has shape {tuple(small.shape)}, the map cuts out "
+                f"{tuple(cuts[name].shape)}; use the map that the tensor was cut with"
+            )
+        return cuts[name]
+
+    def _unknown(self, name: str) -> InputError:
+        return InputError(
+            f"tensor {name!r} is not in this network; {did_you_mean(name, self.shapes)}"
+        )
+
+    def _cuts_for(self, map: IndexMap) -> dict[str, _Cut]:
+        cuts = self._cuts.get(map.key)
+        if cuts is None:
+            self.validate(map)
+            cuts = {name: self._cut(name, map) for name in self.axes}
+            self._cuts[map.key] = cuts
+            if len(self._cuts) > _MAX_CUTS:
+                self._cuts.popitem(last=False)
+        return cuts
+
+    def _cut(self, name: str, map: IndexMap) -> _Cut:
+        shape, slices, select = [], [], []
+        for axis, (binding, size) in enumerate(
+            zip(self.axes[name], self.shapes[name], strict=True)
+        ):
+            kept = self.indices(binding, map, size)
+            shape.append(len(kept))
+            first, last = int(kept[0]), int(kept[-1])
+            if last - first + 1 == len(kept):
+                slices.append(slice(first, last + 1))
+            else:
+                slices.append(slice(None))
+                select.append((axis, torch.from_numpy(kept.copy())))
+        whole = not select and tuple(shape) == tuple(self.shapes[name])
+        return _Cut(
+            torch.Size(shape), None if whole else tuple(slices), tuple(select), _grid(shape, select)
+        )
+
+
+def _grid(shape: list[int], select: list[tuple[int, Tensor]]) -> tuple[Tensor, ...] | None:
+    """Broadcast indices over axes 0 to the last selected one; needed from two axes on.
+
+    Every axis before the last selected one takes part, since torch moves the result's
+    axes about when plain and indexed axes alternate.
+    """
+    if len(select) < 2:
+        return None
+    chosen, last = dict(select), select[-1][0]
+    grid = []
+    for axis in range(last + 1):
+        index = chosen.get(axis, torch.arange(shape[axis]))
+        grid.append(index.reshape([-1 if a == axis else 1 for a in range(last + 1)]))
+    return tuple(grid)
+
+
+def _on(index: Tensor, like: Tensor) -> Tensor:
+    return index if like.device == index.device else index.to(like.device)
