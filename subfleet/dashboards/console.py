@@ -1,0 +1,133 @@
+"""Progress of a run on the terminal, and the table at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from subfleet.platform.clock import TimeLeft
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them.
+
+    >>> duration(5.2), duration(83), duration(7262)
+    ('5s', '1m23s', '2h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class ConsoleProgress:
+    """An `Observer`: a live line on a terminal, else one plain line every few seconds.
+
+    Writes to stderr unless given another console, so that stdout stays for results.
+    Accuracy and loss are of the last round that had them.
+    """
+
+    def __init__(
+        self, total_rounds: int, console: Console | None = None, *, interval_s: float = 5.0
+    ) -> None:
+        self._total = total_rounds
+        self._console = console or Console(stderr=True)
+        self._interval_s = interval_s
+        self._left = TimeLeft(total_rounds)
+        self._last: dict[str, Any] = {}
+        self._printed_s = -float("inf")
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """Show the bar, at `info["start"]` rounds done."""
+        start = info.get("start", 0)
+        self._left.update(start, time.monotonic())
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+                transient=False,
+            )
+            self._task = self._progress.add_task("", total=self._total, completed=start, text="")
+            self._progress.start()
+
+    def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
+        """Show the round; without a terminal only if some seconds have passed, or it is the last."""
+        now = time.monotonic()
+        self._last.update((key, value) for key, value in record.items() if value is not None)
+        done = record["round"]
+        text = self._text(self._left.update(done, now))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, text=escape(text))
+        elif now - self._printed_s >= self._interval_s or done == self._total:
+            self._printed_s = now
+            self._plain(f"round {done}/{self._total}  {text}")
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Leave the last state of the bar on the screen."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; may be called twice, and must be after a failure."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _text(self, left_s: float | None) -> str:
+        parts = []
+        for key, name, form in (
+            ("acc_global", "acc", ".3f"),
+            ("loss_train", "loss", ".3f"),
+            ("clients_per_s", "clients/s", ".1f"),
+        ):
+            if key in self._last:
+                parts.append(f"{name} {self._last[key]:{form}}")
+        if left_s is not None:
+            parts.append(f"{duration(left_s)} left")
+        return "  ".join(parts)
+
+    def _plain(self, text: str) -> None:
+        # Never wrapped: a log file has no width.
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def final_table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One line a tier; a row has tier, clients, params, mflops and accuracy (0–1), or None."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("tier")
+    for heading in ("clients", "parameters", "MFLOPs", "accuracy"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            escape(str(row["tier"])),
+            _cell(row.get("clients"), ",.0f"),
+            _cell(row.get("params"), ",.0f"),
+            _cell(row.get("mflops"), ",.2f"),
+            _cell(row.get("accuracy"), ".3f"),
+        )
+    return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None or value != value else format(value, form)
+
+
+def print_end(
+    rows: Iterable[Mapping[str, Any]], run_folder: object, console: Console | None = None
+) -> None:
+    """The final table, then the run folder alone on the last line of stdout, never wrapped."""
+    console = console or Console()
+    console.print(final_table(rows))
+    console.print(str(run_folder), soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,172 @@
+"""Every column that a run writes, stated once: `docs/metrics.md` is held against this."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+
+class Column(NamedTuple):
+    """One key of `metrics.jsonl` or one column of the client parts."""
+
+    name: str
+    type: str
+    unit: str
+    meaning: str
+    tag: str = ""  # where TensorBoard shows it
+
+
+# A dict-valued column shows each of its entries as tag/<entry>.
+METRICS_COLUMNS: tuple[Column, ...] = (
+    Column("round", "int", "1", "Number of the round, from 1."),
+    Column(
+        "loss_train",
+        "float",
+        "nats",
+        "Training loss of the cohort, mean over samples and local steps.",
+        "loss/train",
+    ),
+    Column(
+        "acc_global",
+        "float",
+        "0–1",
+        "Accuracy of the super-network on all samples of the held-out clients, sample-weighted.",
+        "accuracy/global",
+    ),
+    Column(
+        "acc_local",
+        "float",
+        "0–1",
+        "Mean over clients, unweighted, of a client's own network on its test part before merging.",
+        "accuracy/local",
+    ),
+    Column(
+        "acc_local_sd",
+        "float",
+        "0–1",
+        "Sample standard deviation of the same over clients.",
+        "accuracy/local_sd",
+    ),
+    Column(
+        "acc_local_worst10",
+        "float",
+        "0–1",
+        "Mean of the same over the worst tenth of clients.",
+        "accuracy/local_worst10",
+    ),
+    Column(
+        "acc_tier",
+        "dict of float",
+        "0–1",
+        "Accuracy on the held-out clients of the sub-network that each tier is given, by tier.",
+        "accuracy/tier",
+    ),
+    Column(
+        "loss_global",
+        "float",
+        "nats",
+        "Loss of the super-network on the samples of `acc_global`.",
+        "loss/global",
+    ),
+    Column("clients", "int", "clients", "Clients whose updates were merged.", "fleet/clients"),
+    Column(
+        "samples",
+        "int",
+        "samples",
+        "Training samples of those clients, each once.",
+        "fleet/samples",
+    ),
+    Column(
+        "bytes_up",
+        "int",
+        "bytes",
+        "Sent by all clients of the round, maps included.",
+        "cost/bytes_up",
+    ),
+    Column(
+        "bytes_down",
+        "int",
+        "bytes",
+        "Sent to all clients of the round, maps included, also to those that dropped out later.",
+        "cost/bytes_down",
+    ),
+    Column("bytes_map", "int", "bytes", "Index maps' part of the two, together.", "cost/bytes_map"),
+    Column("flops", "float", "FLOPs", "Local training of all clients of the round.", "cost/flops"),
+    Column(
+        "seconds",
+        "dict of float",
+        "s",
+        "Wall-clock time of the coordinator, by phase.",
+        "platform/seconds",
+    ),
+    Column(
+        "sim_seconds",
+        "float",
+        "s",
+        "Simulated time of the round on the fleet's devices.",
+        "cost/sim_seconds",
+    ),
+    Column(
+        "energy_j", "float", "J", "Simulated energy of all clients of the round.", "cost/energy_j"
+    ),
+    Column(
+        "clients_per_s",
+        "float",
+        "clients/s",
+        "Clients trained for each second of wall-clock time of the round.",
+        "platform/clients_per_s",
+    ),
+    Column(
+        "coverage_min",
+        "int",
+        "clients",
+        "Clients that trained the least-trained unit of the super-network.",
+        "fleet/coverage_min",
+    ),
+    Column("retries", "int", "bundles", "Bundles that had to be run again.", "platform/retries"),
+    Column(
+        "dropped",
+        "int",
+        "clients",
+        "Clients that dropped out: charged, not trained.",
+        "fleet/dropped",
+    ),
+    Column(
+        "late",
+        "int",
+        "clients",
+        "Clients too late for the round's deadline, not merged.",
+        "fleet/late",
+    ),
+)
+
+CLIENTS_COLUMNS: tuple[Column, ...] = (
+    Column("round", "int32", "1", "Number of the round, from 1."),
+    Column("client", "int64", "1", "Number of the client in the store."),
+    Column("tier", "string", "1", "Name of the client's budget tier."),
+    Column("num_samples", "int32", "samples", "Its training samples."),
+    Column("loss", "float32", "nats", "Its training loss, mean over its local steps."),
+    Column("acc_local", "float32", "0–1", "Accuracy on its own test part before merging."),
+    Column("seconds", "float32", "s", "Wall-clock time of its training on the host."),
+    Column("flops", "float64", "FLOPs", "Its local training."),
+    Column("bytes_up", "int64", "bytes", "Sent by it, map included."),
+    Column("bytes_down", "int64", "bytes", "Sent to it, map included."),
+    Column("steps", "int32", "steps", "Local optimiser steps."),
+    Column(
+        "status",
+        "string",
+        "1",
+        "`ok`, or why it was not merged: `skipped` (non-finite), `dropped`, `late`.",
+    ),
+)
+
+_ARROW = {
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    # Few distinct values on many rows: stored once each.
+    "string": pa.dictionary(pa.int32(), pa.string()),
+}
+CLIENTS_SCHEMA = pa.schema([(column.name, _ARROW[column.type]) for column in CLIENTS_COLUMNS])

@@ -1,0 +1,293 @@
+"""The folder of one run: what lies where, whose it is, and what it was made on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
+
+from subfleet.core.errors import InputError
+from subfleet.platform.files import json_bytes, write_atomic
+
+_PACKAGES = (
+    "subfleet numpy torch torchvision ray pyarrow safetensors tensorboard pydantic matplotlib"
+).split()
+
+
+def environment() -> dict[str, Any]:
+    """What the run was made on: versions, processor, memory (bytes), GPU, time; no host name."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "system": sys.platform,
+        "packages": versions,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "cores_usable": _usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _usable_cores() -> int | None:
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count()
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that exists and belongs to the experiment with this fingerprint.
+
+    Made by `create` (a new run) or `open` (a resume); all writing is atomic, and
+    a full disk raises `RunFailed`.
+    """
+
+    path: Path
+    fingerprint: str
+
+    @property
+    def config(self) -> Path:
+        """The experiment as resolved, TOML."""
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and hardware, and the fingerprint of the experiment, JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def engine(self) -> Path:
+        """The engine record, JSON."""
+        return self.path / "engine.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def clients(self) -> Path:
+        """Folder of Parquet parts, a row per client and round."""
+        return self.path / "clients"
+
+    @property
+    def summary(self) -> Path:
+        """The run in one JSON object."""
+        return self.path / "summary.json"
+
+    @property
+    def final(self) -> Path:
+        """The super-network after the last round, safetensors."""
+        return self.path / "final.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints, `round-000050` and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def kept(self) -> Path:
+        """Folder of the clients' own states while the run goes on."""
+        return self.path / "kept"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tb"
+
+    @classmethod
+    def create(cls, path: str | os.PathLike, config_toml: str, fingerprint: str) -> RunFolder:
+        """Start a run in a folder that is absent or empty.
+
+        Raises `InputError` for a folder that holds another run or foreign files,
+        or that cannot be written.
+        """
+        folder = cls(Path(path), fingerprint)
+        existed = folder.path.exists()
+        _refuse_used(folder.path)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder._write_start(config_toml)
+        except OSError as error:
+            raise InputError(
+                f"--out {path}: cannot be written ({error.strerror}); choose another --out"
+            ) from error
+        except BaseException:
+            folder._undo(remove=not existed)
+            raise
+        return folder
+
+    def _write_start(self, config_toml: str) -> None:
+        # config.toml last: it is what marks a folder as a run.
+        facts = {"fingerprint": self.fingerprint, **environment()}
+        write_atomic(self.environment, json_bytes(facts, indent=2))
+        self.checkpoints.mkdir()
+        self.clients.mkdir()
+        write_atomic(self.config, config_toml.encode())
+
+    def _undo(self, *, remove: bool) -> None:
+        for file in (self.config, self.environment):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.clients, *([self.path] if remove else [])):
+            if folder.is_dir():
+                folder.rmdir()
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, fingerprint: str, config_toml: str | None = None
+    ) -> RunFolder:
+        """Take up a run again.
+
+        Raises `InputError` when there is no run, or when it is of another
+        experiment; with `config_toml` the message names the first keys that differ.
+        """
+        folder = cls(Path(path), fingerprint)
+        if not folder.config.is_file():
+            raise InputError(
+                f"--resume: {path} holds no run (no config.toml); "
+                "leave out --resume to start one, or give the --out of the run"
+            )
+        there = folder.read_environment().get("fingerprint")
+        if there != fingerprint:
+            different = _differences(folder.config.read_text(), config_toml)
+            raise InputError(
+                f"--resume: {path} holds a run of another experiment{different} (fingerprint "
+                f"{str(there)[:12]}, this one {fingerprint[:12]}); "
+                "give the same experiment, or another --out"
+            )
+        folder.checkpoints.mkdir(exist_ok=True)
+        folder.clients.mkdir(exist_ok=True)
+        return folder
+
+    def read_environment(self) -> dict[str, Any]:
+        """`environment.json` as a dict; `InputError` when it cannot be read."""
+        try:
+            return json.loads(self.environment.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.environment}: cannot be read ({error}); the run cannot be checked "
+                "against the experiment: start again with another --out"
+            ) from error
+
+    def environment_changes(self) -> list[str]:
+        """Where this process differs from what the run was started on.
+
+        The same bits are promised for one device model and one set of versions only.
+        """
+        then, now = self.read_environment(), environment()
+        pairs = [(key, then.get(key), now[key]) for key in ("python", "cpu", "gpu")]
+        old = then.get("packages", {})
+        pairs += [(name, old.get(name), new) for name, new in now["packages"].items()]
+        return [
+            f"{name}: {before} then, {after} now"
+            for name, before, after in pairs
+            if before != after
+        ]
+
+    def write_engine(self, record: Any) -> None:
+        """Replace `engine.json`."""
+        write_atomic(self.engine, json_bytes(record, indent=2))
+
+    def read_engine(self) -> Any | None:
+        """The engine record, or None before it was written."""
+        return json.loads(self.engine.read_text()) if self.engine.exists() else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace `summary.json`."""
+        write_atomic(self.summary, json_bytes(summary, indent=2))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary, or None before it was written."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def write_final(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write `final.safetensors`; tensors of any device and layout."""
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(self.final, tensors_to_bytes(whole))
+
+    def read_final(self) -> dict[str, torch.Tensor]:
+        """The tensors of `final.safetensors`."""
+        return load_file(self.final)
+
+    def lock(self) -> int:
+        """Keep a second process from writing here; held until the returned handle is closed.
+
+        Raises `InputError` when another process holds it.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InputError(
+                f"{self.path}: another process is running in it; "
+                "wait for it, stop it, or give another --out"
+            ) from error
+        return handle
+
+
+def _refuse_used(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"--out {path}: is a file; give a folder that is absent or empty")
+    names = sorted(item.name for item in path.iterdir())
+    if not names:
+        return
+    holds = "holds another run" if "config.toml" in names else f"holds other files ({names[0]}, …)"
+    raise InputError(f"--out {path}: {holds}; --resume or another --out")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _differences(there: str, here: str | None, most: int = 3) -> str:
+    """` (train.lr = 0.1 there, 0.2 here, …)`, or nothing when it cannot be told."""
+    if here is None:
+        return ""
+    try:
+        old, new = _flat(tomllib.loads(there)), _flat(tomllib.loads(here))
+    except tomllib.TOMLDecodeError:
+        return ""
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if not keys:
+        return ""
+    shown = [
+        f"{k} = {old.get(k, 'absent')} there, {new.get(k, 'absent')} here" for k in keys[:most]
+    ]
+    return f" ({'; '.join(shown)}{', …' if len(keys) > most else ''})"
