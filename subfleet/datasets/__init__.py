@@ -2,6 +2,14 @@
 
 from subfleet.datasets.federation import Block, Federation, split_clients
 from subfleet.datasets.memory import InMemory
+from subfleet.datasets.synthetic import SyntheticFemnist
 from subfleet.datasets.vectors import SyntheticVectors
 
-__all__ = ["Block", "Federation", "InMemory", "SyntheticVectors", "split_clients"]
+__all__ = [
+    "Block",
+    "Federation",
+    "InMemory",
+    "SyntheticFemnist",
+    "SyntheticVectors",
+    "split_clients",
+]

@@ -36,13 +36,25 @@ class Federation(Protocol):
     """Clients 0 .. num_clients - 1, each with a train and a test part."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in `subfleet.datasets.SETS`, or the user's own."""
+        ...
+
     @property
-    def num_clients(self) -> int: ...
+    def num_clients(self) -> int:
+        """Clients are numbered from 0 to this, exclusive."""
+        ...
+
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Labels run from 0 to this, exclusive."""
+        ...
+
     @property
-    def input_shape(self) -> tuple[int, ...]: ...
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one row of x."""
+        ...
+
     @property
     def scale(self) -> float:
         """What x is multiplied with on the device: 1/255 for pixels in uint8."""
