@@ -258,6 +258,12 @@ class UnitSpace:
             covered[name] = tuple(masks)
         return covered
 
+    def check(self, small: Mapping[str, Tensor], map: IndexMap) -> None:
+        """Raise `InputError` unless every tensor has the shape that the map cuts out."""
+        cuts = self._cuts_for(map)
+        for name, tensor in small.items():
+            self._checked(cuts, name, tensor)
+
     def _checked(self, cuts: dict[str, _Cut], name: str, small: Tensor) -> _Cut:
         if name not in cuts:
             raise self._unknown(name)
