@@ -64,7 +64,7 @@ class ConsoleProgress:
             self._progress.start()
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
-        """Show the round; without a terminal only if some seconds have passed, or it is the last."""
+        """Show the round; plain lines only every few seconds, and for the last round."""
         now = time.monotonic()
         self._last.update((key, value) for key, value in record.items() if value is not None)
         done = record["round"]

@@ -109,7 +109,8 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor], arrays: dict[str, np.n
         return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kind, content = next(iter(value.items()), ("", None))
+    kind: str = next(iter(value), "")
+    content: Any = value.get(kind)
     match kind:
         case "$tensor":
             return tensors[content]
@@ -138,10 +139,11 @@ def save(
     """Write the checkpoint of `round` into `folder` and drop all but the last `keep`.
 
     `state` nests dicts, lists and tuples of tensors, arrays, numbers, strings,
-    bytes and None; named tuples come back as tuples. `attach(path)` may add files of its own to the new folder.
-    Checkpoints of later rounds belong to a future that a resume has left behind
-    and are dropped. Raises `InputError` for a value that cannot be saved and
-    `RunFailed` on a full disk, both with the older checkpoints untouched.
+    bytes and None; named tuples come back as tuples. `attach(path)` may add files
+    of its own to the new folder. Checkpoints of later rounds belong to a future
+    that a resume has left behind and are dropped. Raises `InputError` for a value
+    that cannot be saved and `RunFailed` on a full disk, both with the older
+    checkpoints untouched.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below, deepest first, then `folder` itself."""
+    """Make every file and folder below durable, deepest first, then `folder` itself."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             handle = os.open(Path(root, name), os.O_RDONLY)

@@ -112,7 +112,7 @@ class KeptStore:
             return at, np.zeros(len(wanted), bool)
         return at, self._ids[np.minimum(at, len(self._ids) - 1)] == wanted
 
-    def _row(self, entry: np.void) -> Row:
+    def _row(self, entry: Any) -> Row:
         layout = self._layouts[entry["layout"]]
         data = bytearray(self._bytes_of(entry))
         row = {}
@@ -122,7 +122,7 @@ class KeptStore:
             row[leaf.name] = np.asarray(flat, leaf.dtype).reshape(leaf.shape)
         return row
 
-    def _bytes_of(self, entry: np.void) -> bytes:
+    def _bytes_of(self, entry: Any) -> bytes:
         segment, offset = int(entry["segment"]), int(entry["offset"])
         size = self._layouts[entry["layout"]].num_bytes
         data = os.pread(self._handle(segment), size, offset)
@@ -192,14 +192,14 @@ class KeptStore:
         places = np.empty(len(rows), _INDEX_DTYPE)
         if not rows:
             return places
-        if self._active is None:
-            self._active, self._next = self._next, self._next + 1
-        end = self._bytes.get(self._active, 0)
+        segment = self._next if self._active is None else self._active
+        self._active, self._next = segment, max(self._next, segment + 1)
+        end = self._bytes.get(segment, 0)
         sizes = np.array([len(row) for row in rows], np.int64)
-        places["segment"], places["layout"] = self._active, layouts
+        places["segment"], places["layout"] = segment, layouts
         places["offset"] = end + np.cumsum(sizes) - sizes
-        self._write_at(self._active, end, b"".join(rows))
-        self._bytes[self._active] = end + int(sizes.sum())
+        self._write_at(segment, end, b"".join(rows))
+        self._bytes[segment] = end + int(sizes.sum())
         return places
 
     def _write_at(self, segment: int, offset: int, data: bytes) -> None:

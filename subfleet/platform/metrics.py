@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -57,7 +56,10 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._rounds = [record["round"] for record in self._repair()]
-        self._file = open(self.path, "ab", buffering=0)
+        self._handle = self._open()
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _repair(self) -> list[RoundRecord]:
         if not self.path.exists():
@@ -90,15 +92,15 @@ class MetricsLog:
         """Write one round and make it durable; NaN and infinities become null."""
         assert record["round"] > self.last_round, f"round {record['round']} is there already"
         line = json_bytes(record)
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._handle).st_size
         with disk_guard(self.path, len(line)):
             try:
                 written = 0
                 while written < len(line):  # a nearly full disk takes a part, then refuses
-                    written += self._file.write(line[written:]) or 0
-                os.fsync(self._file.fileno())
+                    written += os.write(self._handle, line[written:])
+                os.fsync(self._handle)
             except BaseException:
-                os.ftruncate(self._file.fileno(), size)
+                os.ftruncate(self._handle, size)
                 raise
         self._rounds.append(record["round"])
 
@@ -108,10 +110,10 @@ class MetricsLog:
         kept = [record for record in records if record["round"] <= after_round]
         if len(kept) == len(records):
             return
-        self._file.close()
+        os.close(self._handle)
         write_atomic(self.path, b"".join(map(json_bytes, kept)))
         self._rounds = [record["round"] for record in kept]
-        self._file = open(self.path, "ab", buffering=0)
+        self._handle = self._open()
 
     def read(self) -> list[RoundRecord]:
         """All rounds, in order."""
@@ -119,7 +121,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file; every line is on disk already."""
-        self._file.close()
+        os.close(self._handle)
 
 
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
@@ -190,7 +192,7 @@ class ClientsLog:
                 continue
             if first <= after_round:
                 table = pq.read_table(path)
-                keep = table.filter(pc.less_equal(table["round"], after_round))
+                keep = table.filter(pa.array(table["round"].to_numpy() <= after_round))
                 self._write(first, after_round, keep)
             path.unlink()
         sync_folder(self.folder)
@@ -214,7 +216,8 @@ def _is_text(values: Any) -> bool:
 
 
 # Summed over the rounds as total_<key>; of the others the last value says all.
-_TOTALS = "bytes_up bytes_down bytes_map flops sim_seconds energy_j retries dropped late".split()
+_COSTS = ("bytes_up", "bytes_down", "bytes_map", "flops", "sim_seconds", "energy_j")
+_TOTALS = (*_COSTS, "retries", "dropped", "late")
 _BEST = {"acc_global": max, "acc_local": max, "loss_global": min}
 
 

@@ -22,8 +22,17 @@ from subfleet.core.errors import InputError
 from subfleet.platform.files import json_bytes, write_atomic
 
 _PACKAGES = (
-    "subfleet numpy torch torchvision ray pyarrow safetensors tensorboard pydantic matplotlib"
-).split()
+    "subfleet",
+    "numpy",
+    "torch",
+    "torchvision",
+    "ray",
+    "pyarrow",
+    "safetensors",
+    "tensorboard",
+    "pydantic",
+    "matplotlib",
+)
 
 
 def environment() -> dict[str, Any]:
