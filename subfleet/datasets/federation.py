@@ -6,6 +6,7 @@ never an object per client, so that a dormant client costs a few bytes at most.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -71,6 +72,22 @@ class Federation(Protocol):
     def block(self, ids: np.ndarray, part: str) -> Block:
         """The rows of `part` ("train", "test" or "all") of the clients, in the order of `ids`."""
         ...
+
+
+def checked_number(
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+) -> None:
+    """InputError unless `value` is a number in [low, high], and an integer if `whole`."""
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "an integer" if whole else "a number"
+        bound = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise InputError(f"{name}={value!r} is out of bounds; give {kind} {bound}")
 
 
 def checked_ids(ids: np.ndarray, num_clients: int) -> np.ndarray:

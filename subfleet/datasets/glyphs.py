@@ -248,7 +248,10 @@ STROKES: dict[str, list[list[Stroke]]] = {
         [_line(0.1, 0.45, 0.2, 0.42, 0.22, 1.0) + _arc(0.44, 0.62, 0.2, 0.2, 200, 360)
          + _line(0.66, 0.92, 0.8, 1.0)],
     ],
-    "o": [[_arc(0.45, 0.7, 0.3, 0.3, 0, 360)], [_arc(0.45, 0.7, 0.28, 0.28, -60, 290) + _line(0.75, 0.42)]],
+    "o": [
+        [_arc(0.45, 0.7, 0.3, 0.3, 0, 360)],
+        [_arc(0.45, 0.7, 0.28, 0.28, -60, 290) + _line(0.75, 0.42)],
+    ],
     "p": [
         [_line(0.16, 0.42, 0.16, 1.38), _arc(0.44, 0.7, 0.28, 0.28, 180, 540)],
         [_line(0.05, 0.5, 0.2, 0.42, 0.16, 1.38), _arc(0.42, 0.68, 0.28, 0.27, -160, 130)],
@@ -325,8 +328,8 @@ def distance_fields(bend: float = 0.035) -> np.ndarray:
     """Every character in every hand, uint8 [62, FORMS, GRID, GRID].
 
     255 stands for a distance of FAR or more, 0 for ink. The same for all seeds:
-    hands are shared between writers, as school scripts are. Takes about half a
-    second, once a process.
+    hands are shared between writers, as school scripts are. Takes about a
+    tenth of a second, once a process.
     """
     fields = np.empty((len(CHARACTERS), FORMS, GRID, GRID), dtype=np.uint8)
     coarse = GRID // 2

@@ -12,11 +12,11 @@ import math
 
 import numpy as np
 
-from subfleet.core.errors import InputError
 from subfleet.datasets.draws import hashes, nearly_normal, row_keys, stream_key, uniforms
 from subfleet.datasets.federation import (
     Block,
     checked_ids,
+    checked_number,
     checked_part,
     offsets_of,
     part_sizes,
@@ -56,13 +56,13 @@ class SyntheticFemnist:
         skew: float = 0.7,
         variation: float = 1.0,
     ) -> None:
-        _check("clients", clients, clients >= 1, "at least 1")
-        _check("min_samples", min_samples, min_samples >= 2, "at least 2")
-        _check("mean_samples", mean_samples, mean_samples >= min_samples, "at least min_samples")
-        _check("sigma", sigma, 0 <= sigma <= 2, "in [0, 2]")
-        _check("digits", digits, 0 < digits < 1, "in (0, 1)")
-        _check("skew", skew, 0 <= skew <= 4, "in [0, 4]")
-        _check("variation", variation, 0 <= variation <= 2, "in [0, 2]")
+        checked_number("clients", clients, 1, whole=True)
+        checked_number("min_samples", min_samples, 2, whole=True)
+        checked_number("mean_samples", mean_samples, min_samples, 1e6)
+        checked_number("sigma", sigma, 0, 2)
+        checked_number("digits", digits, 0.01, 0.99)
+        checked_number("skew", skew, 0, 4)
+        checked_number("variation", variation, 0, 2)
         self.name = "synthetic_femnist"
         self.num_clients, self.num_classes = clients, CLASSES
         self.input_shape: tuple[int, ...] = (1, SIDE, SIDE)
@@ -155,11 +155,6 @@ class SyntheticFemnist:
     def variation(self) -> float:
         """How far styles differ."""
         return self._options["variation"]
-
-
-def _check(name: str, value: float, holds: bool, bound: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={value} is out of bounds; give a number {bound}")
 
 
 def _joined(train: Block, test: Block) -> Block:

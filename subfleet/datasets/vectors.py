@@ -6,12 +6,12 @@ import functools
 
 import numpy as np
 
-from subfleet.core.errors import InputError
 from subfleet.core.seeds import generator
 from subfleet.datasets.draws import hashes, row_keys, stream_key
 from subfleet.datasets.federation import (
     Block,
     checked_ids,
+    checked_number,
     checked_part,
     offsets_of,
     part_sizes,
@@ -45,10 +45,11 @@ class SyntheticVectors:
         num_classes: int = 62,
         signal: float = 0.08,
     ) -> None:
-        bounds = {"clients": clients, "samples": samples, "dim": dim, "num_classes": num_classes}
-        for key, value in bounds.items():
-            if value < 1:
-                raise InputError(f"{key}={value} is below 1; give a positive number")
+        checked_number("clients", clients, 1, whole=True)
+        checked_number("samples", samples, 2, 1 << 24, whole=True)
+        checked_number("dim", dim, 1, whole=True)
+        checked_number("num_classes", num_classes, 1, whole=True)
+        checked_number("signal", signal, 0)
         self.name = "synthetic_vectors"
         self.num_clients, self.num_classes = clients, num_classes
         self.input_shape: tuple[int, ...] = (dim,)
