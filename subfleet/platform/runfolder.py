@@ -233,6 +233,10 @@ class RunFolder:
         """Replace `summary.json`."""
         write_atomic(self.summary, json_bytes(summary, indent=2))
 
+    def write_tiers(self, rows: Any) -> None:
+        """Replace `tiers.json`: name, clients, parameters and MFLOPs of each tier."""
+        write_atomic(self.path / "tiers.json", json_bytes(rows, indent=2))
+
     def read_summary(self) -> dict[str, Any] | None:
         """The summary, or None before it was written."""
         return json.loads(self.summary.read_text()) if self.summary.exists() else None

@@ -1,0 +1,32 @@
+"""FedRolex: sub-networks cut by a window that rolls over the channels.
+
+Alam et al., "FedRolex: Model-Heterogeneous Federated Learning with Rolling
+Sub-Model Extraction", 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from subfleet.algorithms.local import IndexedAveraging, Statistics
+from subfleet.core.units import IndexMap
+
+
+@dataclass(frozen=True)
+class FedRolex(IndexedAveraging):
+    """In round r a tier of n_g units trains units r, r+1, ..., r+n_g-1 (mod C_g) of group g.
+
+    Over C_g rounds every unit of a group is trained equally often, so that no
+    part of the super-network is left to the richest clients.
+    """
+
+    statistics: Statistics = "indexed_mean"
+
+    paper: ClassVar[str] = "Alam et al. 2022"
+
+    def map_of(self, tier: int, round: int) -> IndexMap:
+        """The tier's window in this round (rounds count from 1, windows start at 0)."""
+        space = self.setting.net.space
+        counts = dict(zip(space.groups, space.counts(self.setting.tiers[tier].map), strict=True))
+        return IndexMap.rolling(space, counts, start=round - 1)

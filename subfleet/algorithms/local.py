@@ -1,0 +1,147 @@
+"""What most algorithms share: the local loss, tasks from maps, the indexed mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subfleet.core import aggregate
+from subfleet.core.aggregate import Update
+from subfleet.core.algorithm import (
+    Algorithm,
+    Batch,
+    ClientResult,
+    ClientTask,
+    Cohort,
+    Evaluation,
+    LossProgram,
+    Net,
+    Noise,
+    Params,
+    Phase,
+    Reduced,
+    RoundPlan,
+    State,
+)
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.units import IndexMap
+
+Statistics = Literal["local", "indexed_mean"]
+"""Who holds BatchNorm's running statistics: each client its own, or the server their mean."""
+
+CALIBRATION_BATCHES = 20
+
+
+def cross_entropy(
+    net: Net, params: Params, batch: Batch, noise: Noise, inputs: Params
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy of a batch; the loss of plain local training."""
+    del noise, inputs
+    logits = net(params, batch.x)
+    if batch.weight is None:
+        return F.cross_entropy(logits, batch.y), {}
+    return batch.mean(F.cross_entropy(logits, batch.y, reduction="none")), {}
+
+
+def split_statistics(
+    net: SuperNetwork, start: Params, trained: Params, kept: Params | None, inputs: Params
+) -> ClientResult:
+    """Uploads the weights and keeps BatchNorm's running statistics on the client."""
+    del start, kept, inputs
+    return ClientResult(
+        update={name: value for name, value in trained.items() if name not in net.statistics},
+        kept={name: trained[name].clone() for name in net.statistics},
+    )
+
+
+def fresh_statistics(net: SuperNetwork, map: IndexMap) -> Params:
+    """Running means 0 and variances 1, in the shape of a sub-network."""
+    shapes = net.space.slice_shapes(map)
+    return {
+        name: torch.ones(shapes[name])
+        if name.endswith("running_var")
+        else torch.zeros(shapes[name])
+        for name in net.statistics
+    }
+
+
+def tasks(net: SuperNetwork, cohort: Cohort, map_of: Callable[[int], IndexMap]) -> list[ClientTask]:
+    """A task for each client of the cohort: the map of its tier, weighted by samples."""
+    maps = {int(tier): map_of(int(tier)) for tier in set(cohort.tier.tolist())}
+    variants = {tier: net.space.counts(map) for tier, map in maps.items()}
+    return [
+        ClientTask(client, maps[tier], variants[tier], float(samples), samples, tier)
+        for client, tier, samples in zip(
+            cohort.id.tolist(), cohort.tier.tolist(), cohort.num_samples.tolist(), strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class IndexedAveraging(Algorithm):
+    """Local SGD on slices of one super-network, merged coordinate by coordinate.
+
+    A subclass says which map each client trains; everything else is this:
+
+        w_j <- sum_{k covers j} n_k w_kj / sum_{k covers j} n_k,  kept where nobody covers j.
+    """
+
+    statistics: Statistics = "indexed_mean"
+
+    def map_of(self, tier: int, round: int) -> IndexMap:
+        """The part of the super-network that clients of `tier` train in `round`."""
+        raise TypeError(f"{type(self).__name__} must define map_of()")
+
+    @property
+    def local_statistics(self) -> bool:
+        """Whether there are BatchNorm statistics and they stay on the clients."""
+        return self.statistics == "local" and bool(self.setting.net.statistics)
+
+    def init(self, params: Params) -> State:
+        """The drawn parameters, without BatchNorm statistics where those stay local."""
+        if self.local_statistics:
+            params = {k: v for k, v in params.items() if k not in self.setting.net.statistics}
+        return {"params": params}
+
+    def phase(self, round: int) -> Phase:
+        """One phase: local SGD, summed."""
+        del round
+        finish = None
+        if self.local_statistics:
+            from functools import partial
+
+            finish = partial(split_statistics, self.setting.net)
+        program = LossProgram(cross_entropy, self.setting.rule, self.setting.stream, finish)
+        return Phase("train", program)
+
+    def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
+        """Every client of the cohort trains the map of its tier."""
+        work = tasks(self.setting.net, cohort, lambda tier: self.map_of(tier, round))
+        return RoundPlan(work, {0: state["params"]})
+
+    def server_step(
+        self, state: State, plan: RoundPlan, reduced: Reduced, server_data: object = None
+    ) -> State:
+        """The indexed mean (specs: one primitive for all sub-network averaging)."""
+        del plan, server_data
+        assert isinstance(reduced, Update)
+        return {"params": aggregate.finish(reduced, self.setting.net.space, state["params"])}
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Recalibrates BatchNorm where the server holds no statistics."""
+        return Evaluation(calibrate=CALIBRATION_BATCHES if self.local_statistics else 0)
+
+    @property
+    def keeps(self) -> bool:
+        """Clients keep their own BatchNorm statistics, if any."""
+        return self.local_statistics
+
+    def initial_kept(self, task: ClientTask) -> Params:
+        """Statistics before the first step."""
+        return fresh_statistics(self.setting.net, task.map)

@@ -1,0 +1,94 @@
+"""Which rows a client sees in which step: a function of (stream, seed, round, client).
+
+Loop and vmap ask here, so that the way of computing never changes the data order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from subfleet.core import seeds
+from subfleet.core.algorithm import Stream
+
+
+def _pass_order(
+    stream: Stream, rows: np.ndarray, count: int, first: int, seed: int, round: int, client: int
+) -> np.ndarray:
+    """Row numbers of `count` passes over `rows`, from pass `first` on. Shape [count, len(rows)]."""
+    if stream.spans_rounds:
+        # A pass may begin in one round and end in the next: key each by its own number.
+        passes = [
+            seeds.generator(seed, f"pass {number}", client=client).permutation(rows)
+            for number in range(first, first + count)
+        ]
+    else:
+        generator = seeds.generator(
+            seed, "batches", round=round if stream.redraw == "round" else 0, client=client
+        )
+        passes = [generator.permutation(rows) for _ in range(count)]
+    return np.stack(passes) if passes else np.empty((0, len(rows)), np.int64)
+
+
+def _rows(stream: Stream, num_samples: int, seed: int, round: int, client: int) -> np.ndarray:
+    """The rows of the part that this stream may use."""
+    if stream.skip == 0.0 and stream.take == 1.0:
+        return np.arange(num_samples)
+    # One draw shared by all streams of a client, so that skip/take parts are disjoint.
+    draw = seeds.generator(
+        seed, "parts", round=round if stream.redraw == "round" else 0, client=client
+    ).permutation(num_samples)
+    first = min(int(stream.skip * num_samples), num_samples - 1)
+    return draw[first : first + stream.rows(num_samples)]
+
+
+def steps(
+    stream: Stream,
+    num_samples: int,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+    min_batch: int = 1,
+) -> list[np.ndarray]:
+    """Row numbers of each step, in order: int64 arrays of at most `stream.batch` rows.
+
+    Batches of fewer than `min_batch` rows are left out (BatchNorm needs two).
+
+    >>> [len(rows) for rows in steps(Stream(batch=20, epochs=2), 50, seed=1, round=1, client=3)]
+    [20, 20, 10, 20, 20, 10]
+    """
+    if num_samples == 0:
+        return []
+    rows = _rows(stream, num_samples, seed, round, client)
+    size = len(rows) if stream.batch is None else min(stream.batch, len(rows))
+    per_pass = -(-len(rows) // size)
+    wanted = stream.num_steps(num_samples)
+    start = (round - 1) * wanted if stream.spans_rounds else 0
+    first_pass = start // per_pass
+    passes = _pass_order(
+        stream, rows, -(-(start + wanted) // per_pass) - first_pass, first_pass, seed, round, client
+    )
+    cut = [order[i : i + size] for order in passes for i in range(0, len(order), size)]
+    offset = start - first_pass * per_pass
+    return [batch for batch in cut[offset : offset + wanted] if len(batch) >= min_batch]
+
+
+def padded(schedules: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of K clients as one array, for clients side by side.
+
+    Returns row numbers int64 [K, S, B], 0 where padded, and weights float32
+    [K, S, B], 1 for real rows. S is the largest number of steps, B of rows.
+
+    >>> rows, weights = padded([[np.array([1, 2]), np.array([0])], [np.array([3])]])
+    >>> rows.shape, weights.sum(axis=2).tolist()
+    ((2, 2, 2), [[2.0, 1.0], [1.0, 0.0]])
+    """
+    most = max((len(schedule) for schedule in schedules), default=0)
+    widest = max((len(batch) for schedule in schedules for batch in schedule), default=0)
+    rows = np.zeros((len(schedules), most, widest), np.int64)
+    weights = np.zeros((len(schedules), most, widest), np.float32)
+    for k, schedule in enumerate(schedules):
+        for s, batch in enumerate(schedule):
+            rows[k, s, : len(batch)] = batch
+            weights[k, s, : len(batch)] = 1.0
+    return rows, weights

@@ -1,0 +1,158 @@
+"""Bundles: the one unit of scheduling, retry and reduction.
+
+A bundle is a run of the cohort sorted by (variant, client id), cut at a
+predicted cost. Which bundles there are follows from the plan alone, never from
+the number of hosts or from measured time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import isqrt
+from typing import Any
+
+import numpy as np
+
+from subfleet.core.aggregate import Update
+from subfleet.core.algorithm import ClientTask, Collected, Params
+from subfleet.core.units import IndexMap
+from subfleet.platform.record import Choice, variant_name
+
+# A nominal core, for predictions only: what a step costs beside its arithmetic, and
+# multiply-accumulates per second. Measured figures would make the cut depend on the machine.
+STEP_SECONDS = 4e-4
+MACS_PER_SECOND = 1e10
+
+
+@dataclass(frozen=True)
+class TrainBundle:
+    """Tasks for one host. `own` holds the clients' kept rows, in task order."""
+
+    number: int
+    round: int
+    tasks: tuple[ClientTask, ...]
+    choices: Mapping[str, Choice]
+    predicted: float  # nominal seconds
+    local_test: bool = False
+    own: list[dict[str, np.ndarray] | None] = field(default_factory=list)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Client ids in task order, int64."""
+        return np.array([task.client for task in self.tasks], np.int64)
+
+    def chunks(self) -> list[tuple[Hashable, list[int]]]:
+        """Positions of the clients of each variant, in bundle order."""
+        order = groupby(range(len(self.tasks)), key=lambda i: self.tasks[i].variant)
+        return [(variant, list(positions)) for variant, positions in order]
+
+
+@dataclass(frozen=True)
+class EvalBundle:
+    """Clients on which one host evaluates some sub-networks ("views")."""
+
+    number: int
+    round: int
+    ids: np.ndarray
+    views: Mapping[str, IndexMap]
+    part: str
+    predicted: float
+
+
+Bundle = TrainBundle | EvalBundle
+
+
+@dataclass(frozen=True)
+class BundleResult:
+    """What a host returns for a bundle: one partial sum, kept rows, a row per client.
+
+    `table` holds arrays of one row per client, in task order (see `metrics`);
+    `seconds` are the host's own, by phase.
+    """
+
+    number: int
+    table: dict[str, np.ndarray]
+    seconds: dict[str, float]
+    update: Update | None = None
+    collected: list[Collected] | None = None
+    kept: list[Params | None] = field(default_factory=list)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def auto_count(cohort: int) -> int:
+    """How many bundles a round is cut into by default.
+
+    Enough to keep several hosts busy and few enough that a bundle outweighs a
+    remote call.
+
+    A power of two near the square root of the cohort.
+
+    >>> [auto_count(n) for n in (1, 20, 100, 1000, 10_000)]
+    [1, 4, 16, 32, 128]
+    """
+    return min(cohort, max(4, 2 ** (isqrt(cohort) - 1).bit_length()))
+
+
+def cut(
+    tasks: Sequence[ClientTask],
+    cost: Callable[[ClientTask], float],
+    count: int,
+    *,
+    round: int,
+    choices: Mapping[str, Choice],
+    local_test: bool = False,
+) -> list[TrainBundle]:
+    """Sorts tasks by (variant, client id) and cuts them into about `count` equal-cost bundles."""
+    ordered = sorted(tasks, key=lambda task: (variant_name(task.variant), task.client))
+    costs = np.array([cost(task) for task in ordered])
+    if not len(ordered):
+        return []
+    # A client goes to the bundle in which the middle of its cost falls.
+    middle = np.cumsum(costs) - costs / 2
+    place = np.minimum((middle / costs.sum() * count).astype(int), count - 1)
+    bundles = []
+    for _, members in groupby(range(len(ordered)), key=lambda i: place[i]):
+        at = list(members)
+        mine = tuple(ordered[i] for i in at)
+        names = {variant_name(task.variant) for task in mine}
+        bundles.append(
+            TrainBundle(
+                number=len(bundles),
+                round=round,
+                tasks=mine,
+                choices={name: choices[name] for name in sorted(names)},
+                predicted=float(costs[at].sum()),
+                local_test=local_test,
+            )
+        )
+    return bundles
+
+
+def cut_evaluation(
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    views: Mapping[str, IndexMap],
+    seconds_per_sample: float,
+    count: int,
+    *,
+    round: int,
+    part: str,
+) -> list[EvalBundle]:
+    """Cuts the evaluated clients into about `count` bundles of equal numbers of samples."""
+    if len(ids) == 0:
+        return []
+    weights = np.maximum(sizes, 1)
+    place = ((np.cumsum(weights) - weights / 2) / weights.sum() * count).astype(int)
+    return [
+        EvalBundle(
+            n,
+            round,
+            ids[place == p],
+            views,
+            part,
+            float(weights[place == p].sum()) * seconds_per_sample,
+        )
+        for n, p in enumerate(np.unique(place))
+    ]

@@ -1,0 +1,114 @@
+"""A chunk: a bundle's clients of one variant, with all that computing them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subfleet.core import seeds
+from subfleet.core.algorithm import ClientProgram, ClientResult, ClientTask, Params, Stream
+from subfleet.core.supernet import SuperNetwork
+from subfleet.platform import batches
+from subfleet.platform.record import Choice
+
+
+class Rows(Protocol):
+    """The rows of several clients, client after client (a data set's block)."""
+
+    @property
+    def x(self) -> np.ndarray: ...
+    @property
+    def y(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+
+
+class Images(Protocol):
+    """Turns stored rows into what the network takes."""
+
+    def images(self, x: Tensor, scale: float) -> Tensor: ...
+
+
+class Trained(NamedTuple):
+    """One client after its program ran."""
+
+    result: ClientResult
+    loss: float  # mean over the rows seen; NaN where the program has none
+    steps: int
+    rows: int
+    healthy: bool  # no NaN or infinity in its loss and tensors
+    params: Params | None  # the locally trained network, for the local test
+
+
+@dataclass
+class Chunk:
+    """Clients of one variant; `positions` are their places in the bundle's blocks."""
+
+    net: SuperNetwork
+    program: ClientProgram
+    choice: Choice
+    tasks: Sequence[ClientTask]
+    positions: Sequence[int]
+    blocks: Mapping[str, Rows]
+    own: Sequence[Params | None]
+    shared: Mapping[int, Params]
+    seed: int
+    round: int
+    scale: float
+    _slices: dict[tuple[int, bytes], Params] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this chunk computes."""
+        return torch.device(self.choice.device)
+
+    def start(self, index: int) -> Params:
+        """A client's first tensors: its slice of the shared tree, its kept ones on top.
+
+        Kept leaves that bear the network's own names (BatchNorm statistics, say)
+        replace the server's.
+        """
+        task = self.tasks[index]
+        where = (task.shared, task.map.key)
+        if where not in self._slices:
+            self._slices[where] = self.net.space.extract(self.shared[task.shared], task.map)
+        own = self.own[index]
+        if not own:
+            return self._slices[where]
+        return self._slices[where] | {k: v for k, v in own.items() if k in self.net.space.axes}
+
+    def kept(self, index: int) -> Params | None:
+        """The client's own state, None where the algorithm keeps none."""
+        return self.own[index]
+
+    def rows(self, index: int, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """A client's stored rows of one part."""
+        block, at = self.blocks[part], self.positions[index]
+        first, last = block.offsets[at], block.offsets[at + 1]
+        return block.x[first:last], block.y[first:last]
+
+    def data(self, index: int, part: str, net: Images) -> tuple[Tensor, Tensor]:
+        """A client's rows of one part on the device, as the network takes them."""
+        x, y = self.rows(index, part)
+        return net.images(torch.as_tensor(x), self.scale), torch.as_tensor(y).to(self.device)
+
+    def schedule(self, index: int, stream: Stream) -> list[np.ndarray]:
+        """The client's steps as row numbers."""
+        block, at = self.blocks[stream.part], self.positions[index]
+        return batches.steps(
+            stream,
+            int(block.offsets[at + 1] - block.offsets[at]),
+            seed=self.seed,
+            round=self.round,
+            client=self.tasks[index].client,
+            min_batch=2 if self.net.statistics else 1,
+        )
+
+    def noise_key(self, index: int) -> int:
+        """The key of a client's first step; step i adds i."""
+        return seeds.key(self.seed, "noise", round=self.round, client=self.tasks[index].client)

@@ -1,0 +1,102 @@
+"""Coordinator: the Ray actor that runs the rounds; and how a driver follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import ray
+
+from subfleet.platform.executor import RayExecutor
+from subfleet.platform.job import Job
+from subfleet.platform.metrics import Observer
+from subfleet.platform.rounds import Rounds
+from subfleet.platform.runfolder import RunFolder
+
+POLL_S = 0.25
+
+Event = tuple[str, dict[str, Any]]
+
+
+class _Events:
+    """An observer that remembers what happened, for whoever asks."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._lock = Lock()
+
+    def _note(self, kind: str, value: dict[str, Any]) -> None:
+        with self._lock:
+            self._events.append((kind, value))
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        self._note("start", info)
+
+    def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
+        del coverage
+        self._note("round", record)
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        self._note("end", summary)
+
+    def take(self) -> list[Event]:
+        """What happened since the last call."""
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+
+# Two calls at a time: the rounds, and a driver that asks how they go.
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Coordinator:
+    """Runs a job's rounds on its hosts and writes the run folder."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        hosts: Sequence[Any],
+        device: str,
+        observers: Sequence[Observer],
+    ):
+        self._events = _Events()
+        self._rounds = Rounds(job, RayExecutor(hosts, device), folder, [*observers, self._events])
+
+    def run(self) -> dict[str, Any]:
+        """All rounds that are left; returns the summary."""
+        return self._rounds.run()
+
+    def events(self) -> list[Event]:
+        """What happened since the last call."""
+        return self._events.take()
+
+
+def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:
+    """Starts the coordinator and tells `progress` how it goes; returns the summary."""
+    ended = coordinator.run.remote()
+    while True:
+        done, _ = ray.wait([ended], timeout=POLL_S if progress is not None else None)
+        if progress is not None and (not done or _succeeded(ended)):
+            for kind, value in ray.get(coordinator.events.remote()):
+                _tell(progress, kind, value)
+        if done:
+            return ray.get(ended)
+
+
+def _succeeded(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError:
+        return False
+    return True
+
+
+def _tell(progress: Observer, kind: str, value: dict[str, Any]) -> None:
+    if kind == "start":
+        progress.on_start(value)
+    elif kind == "round":
+        progress.on_round(value, {})
+    else:
+        progress.on_end(value)

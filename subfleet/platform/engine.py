@@ -1,0 +1,237 @@
+"""The engine: runs a bundle's clients and sums what they return.
+
+It knows torch, NumPy and the core types; neither Ray nor where data come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from subfleet.core import aggregate
+from subfleet.core.algorithm import (
+    Algorithm,
+    ClientResult,
+    ClientTask,
+    Collected,
+    LossProgram,
+    Params,
+    RunProgram,
+    StepProgram,
+)
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.units import IndexMap
+from subfleet.platform import evaluation, loop, mapped
+from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle
+from subfleet.platform.chunk import Chunk, Rows, Trained
+from subfleet.platform.record import Choice, choose, variant_name
+from subfleet.platform.resident import Resident
+
+OK, SKIPPED = "ok", "skipped"  # skipped: its training was not finite
+BACKWARD = 3  # a training step costs a forward pass and about two more for gradients
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every host of a run has: the network, the algorithm, and the data's scale."""
+
+    net: SuperNetwork
+    algorithm: Algorithm
+    scale: float
+    seed: int
+
+
+def parts_needed(program: LossProgram | StepProgram | RunProgram, local_test: bool) -> set[str]:
+    """The parts of a client's data that a program reads."""
+    if isinstance(program, LossProgram):
+        parts = {program.stream.part}
+    elif isinstance(program, StepProgram):
+        parts = {stream.part for stream in program.streams.values()}
+    else:
+        parts = {"train", "test"}
+    return parts | ({"test"} if local_test else set())
+
+
+class Engine:
+    """Runs bundles on one device, keeping each variant's network between calls."""
+
+    def __init__(self, work: Work, device: str):
+        self.work = work
+        self.device = device
+        self._residents: dict[tuple[str, str], Resident] = {}
+        if device == "cpu":
+            torch.set_num_threads(1)
+        else:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+
+    def resident(self, map: IndexMap, choice: Choice) -> Resident:
+        """The network of a variant, built on first use."""
+        key = (choice.variant, choice.memory_format)
+        if key not in self._residents:
+            self._residents[key] = Resident(self.work.net, map, choice)
+        return self._residents[key]
+
+    def train(
+        self, bundle: TrainBundle, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
+    ) -> BundleResult:
+        """Trains a bundle's clients and returns their partial sum, in client order."""
+        phase = self.work.algorithm.phase(bundle.round)
+        started = perf_counter()
+        tally = _Tally(self.work.net, len(bundle.tasks), collect=phase.reduction == "collect")
+        for variant, positions in bundle.chunks():
+            tasks = [bundle.tasks[i] for i in positions]
+            choice = bundle.choices[variant_name(variant)]
+            own = [self._own(bundle, i) for i in positions]
+            chunk = Chunk(
+                net=self.work.net,
+                program=phase.program,
+                choice=choice,
+                tasks=tasks,
+                positions=positions,
+                blocks=blocks,
+                own=own,
+                shared=shared,
+                seed=self.work.seed,
+                round=bundle.round,
+                scale=self.work.scale,
+            )
+            resident = self.resident(tasks[0].map, choice)
+            way = mapped if choice.way == "vmap" else loop
+            clock = perf_counter()
+            for task, position, trained in zip(
+                tasks, positions, way.run(chunk, resident), strict=True
+            ):
+                seconds = perf_counter() - clock
+                tested = None
+                if bundle.local_test and trained.params is not None and trained.healthy:
+                    rows = _rows(blocks["test"], position)
+                    tested = evaluation.score(resident, trained.params, *rows, self.work.scale)
+                tally.add(task, position, trained, seconds, tested)
+                clock = perf_counter()
+        return tally.result(bundle.number, {"train": perf_counter() - started})
+
+    def _own(self, bundle: TrainBundle, position: int) -> Params | None:
+        if not self.work.algorithm.keeps:
+            return None
+        held = bundle.own[position] if bundle.own else None
+        if held is None:
+            return self.work.algorithm.initial_kept(bundle.tasks[position])
+        return {name: torch.as_tensor(value) for name, value in held.items()}
+
+    def evaluate(
+        self, bundle: EvalBundle, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
+    ) -> BundleResult:
+        """Scores every view of the shared tree on every client of the bundle."""
+        started = perf_counter()
+        how = self.work.algorithm.evaluation
+        table: dict[str, np.ndarray] = {"client": bundle.ids}
+        distinct: dict[bytes, tuple[np.ndarray, ...]] = {}
+        for name, map in bundle.views.items():
+            if map.key not in distinct:
+                variant = self.work.net.space.counts(map)
+                choice = choose(self.work.net, variant, self.device, "auto", "loop", bundle.round)
+                net = self.resident(map, choice)
+                params = self.work.net.space.extract(shared[0], map)
+                distinct[map.key] = evaluation.run(
+                    self.work.net, net, params, how, blocks, bundle.part, self.work.scale
+                )
+            correct, loss, count = distinct[map.key]
+            table |= {f"{name}/correct": correct, f"{name}/loss": loss, f"{name}/count": count}
+        return BundleResult(bundle.number, table, {"evaluate": perf_counter() - started})
+
+
+def _rows(block: Rows, position: int) -> tuple[np.ndarray, np.ndarray]:
+    first, last = block.offsets[position], block.offsets[position + 1]
+    return block.x[first:last], block.y[first:last]
+
+
+class _Tally:
+    """A bundle's running sum and its table, client by client."""
+
+    def __init__(self, net: SuperNetwork, count: int, *, collect: bool):
+        self.net = net
+        self.update = None if collect else aggregate.Update()
+        self.collected: list[Collected] | None = [] if collect else None
+        self.kept: list[Params | None] = [None] * count
+        self.reports: dict[int, dict] = {}
+        self.rows: list[dict] = []
+        self._costs: dict[bytes, tuple[int, int]] = {}
+
+    def _cost(self, map: IndexMap) -> tuple[int, int]:
+        """(MACs of one forward pass, bytes of the map on the wire)."""
+        if map.key not in self._costs:
+            self._costs[map.key] = (self.net.cost(map).macs, map.wire_bytes(self.net.space))
+        return self._costs[map.key]
+
+    def add(
+        self,
+        task: ClientTask,
+        position: int,
+        trained: Trained,
+        seconds: float,
+        tested: tuple[float, float, int] | None,
+    ) -> None:
+        """Adds one client; a client whose training went wrong is left out of the sum."""
+        result = trained.result
+        map = covered(task, result)
+        macs, map_bytes = self._cost(map)
+        sent = 4 * sum(value.numel() for value in result.update.values())
+        status = OK if trained.healthy else SKIPPED
+        if trained.healthy:
+            if self.update is not None:
+                aggregate.accumulate(self.update, self.net.space, map, result.update, task.weight)
+            elif self.collected is not None:
+                self.collected.append(Collected(task, _detached(result)))
+            self.kept[position] = result.kept
+            if result.report is not None:
+                self.reports[task.client] = result.report
+        self.rows.append(
+            {
+                "client": task.client,
+                "tier": task.tier,
+                "num_samples": task.num_samples,
+                "loss": trained.loss,
+                "steps": trained.steps,
+                "seconds": seconds,
+                "flops": float(BACKWARD * macs * trained.rows),
+                "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
+                "bytes_map": map_bytes,
+                "acc_local": tested[0] / tested[2] if tested and tested[2] else float("nan"),
+                "status": status,
+            }
+        )
+
+    def result(self, number: int, seconds: dict[str, float]) -> BundleResult:
+        """The bundle's result; the table has one row per client, in task order."""
+        names = self.rows[0] if self.rows else {}
+        table = {name: np.array([row[name] for row in self.rows]) for name in names}
+        return BundleResult(
+            number, table, seconds, self.update, self.collected, self.kept, self.reports
+        )
+
+
+def covered(task: ClientTask, result: ClientResult) -> IndexMap:
+    """The map that a result covers: the task's, or what the client chose itself."""
+    if result.units is None:
+        return task.map
+    return IndexMap.of(
+        {group: np.flatnonzero(mask.cpu().numpy()) for group, mask in result.units.items()}
+    )
+
+
+def _detached(result: ClientResult) -> ClientResult:
+    """A collected result that no later client can overwrite."""
+    return ClientResult(
+        update={name: value.clone() for name, value in result.update.items()},
+        units=result.units,
+        kept=None,
+        report=result.report,
+        metrics=result.metrics,
+        wire_bytes=result.wire_bytes,
+    )

@@ -1,0 +1,107 @@
+"""Scoring a network on clients: many at once where they share it, one by one where they adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subfleet.core.algorithm import Evaluation, Params
+from subfleet.core.supernet import SuperNetwork
+from subfleet.platform.chunk import Rows
+from subfleet.platform.resident import Resident
+
+BATCH = 256
+_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def run(
+    net: SuperNetwork,
+    resident: Resident,
+    params: Params,
+    how: Evaluation,
+    blocks: Mapping[str, Rows],
+    part: str,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores `params` on every client of a block.
+
+    Returns arrays of one entry per client: correct answers, summed loss, samples.
+    """
+    block = blocks[part]
+    clients = len(block.offsets) - 1
+    count = np.diff(block.offsets)
+    if not (how.calibrate and net.statistics):
+        resident.load({**params, **{n: params[n] for n in net.statistics if n in params}})
+        right, loss = answers(resident, resident.params, block.x, block.y, scale)
+        sums = np.zeros((2, clients))
+        which = np.repeat(np.arange(clients), count)
+        np.add.at(sums[0], which, right)
+        np.add.at(sums[1], which, loss)
+        return sums[0], sums[1], count
+    sums = np.zeros((2, clients))
+    for k in range(clients):
+        given, tested = _slice(blocks["train"], k), _slice(block, k)
+        resident.load({**params, **_fresh(resident)})
+        calibrate(resident, given[0], how, scale)
+        right, loss = answers(resident, resident.params, *tested, scale)
+        sums[:, k] = right.sum(), loss.sum()
+    return sums[0], sums[1], count
+
+
+def _slice(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+    first, last = block.offsets[k], block.offsets[k + 1]
+    return block.x[first:last], block.y[first:last]
+
+
+def _fresh(resident: Resident) -> Params:
+    return {
+        name: torch.ones_like(b) if name.endswith("running_var") else torch.zeros_like(b)
+        for name, b in resident.statistics.items()
+    }
+
+
+@torch.no_grad()
+def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: float) -> None:
+    """Re-estimates BatchNorm statistics as plain means over up to `how.calibrate` batches."""
+    norms = [m for m in resident.module.modules() if isinstance(m, _BatchNorm)]
+    resident.module.train()
+    batches = [x[i : i + how.batch] for i in range(0, len(x), how.batch)][: how.calibrate]
+    for seen, rows in enumerate(b for b in batches if len(b) > 1):
+        for norm in norms:
+            norm.momentum = 1.0 / (seen + 1)  # running <- running + (batch - running) / n
+        resident(resident.params, resident.images(torch.as_tensor(rows), scale))
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+@torch.no_grad()
+def answers(
+    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row: 1 if the answer is right else 0, and its cross-entropy."""
+    resident.module.eval()
+    right, loss = np.zeros(len(y)), np.zeros(len(y))
+    for i in range(0, len(y), BATCH):
+        rows = resident.images(torch.as_tensor(x[i : i + BATCH]), scale)
+        truth = torch.as_tensor(y[i : i + BATCH]).to(resident.device)
+        logits = resident(params, rows).float()
+        right[i : i + BATCH] = (logits.argmax(1) == truth).cpu().numpy()
+        loss[i : i + BATCH] = _losses(logits, truth).cpu().numpy()
+    return right, loss
+
+
+def _losses(logits: Tensor, truth: Tensor) -> Tensor:
+    return F.cross_entropy(logits, truth, reduction="none")
+
+
+def score(
+    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: float
+) -> tuple[float, float, int]:
+    """Correct answers, summed loss and samples of one client; leaves the network training."""
+    right, loss = answers(resident, params, x, y, scale)
+    resident.module.train()
+    return float(right.sum()), float(loss.sum()), len(y)

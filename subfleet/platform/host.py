@@ -1,0 +1,44 @@
+"""ClientHost: a long-lived Ray actor that stands for thousands of clients."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import ray
+
+from subfleet.datasets.federation import Federation
+from subfleet.platform.bundles import Bundle, BundleResult
+from subfleet.platform.engine import Work
+from subfleet.platform.executor import as_tensors
+from subfleet.platform.worker import Worker
+
+
+@ray.remote
+class ClientHost:
+    """Runs bundles one after the other on its share of the cores, or of a GPU.
+
+    Restarted by Ray when its process dies; nothing that matters lives in it.
+    """
+
+    def __init__(self, work: Work, federation: Federation, device: str):
+        self.worker = Worker(work, federation, device)
+
+    def pid(self) -> int:
+        """The process behind this host; also says that it is up."""
+        return os.getpid()
+
+    def run(
+        self, bundle: Bundle, versions: list[int], *trees: dict[str, np.ndarray]
+    ) -> BundleResult:
+        """Runs one bundle on the trees it names."""
+        shared = {v: as_tensors(tree) for v, tree in zip(versions, trees, strict=True)}
+        return self.worker.run(bundle, shared)
+
+
+def start_hosts(
+    count: int, work: Work, federation: Federation, *, device: str, cpus: float, gpus: float
+) -> list:
+    """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+    return [ClientHost.options(**options).remote(work, federation, device) for _ in range(count)]

@@ -1,0 +1,41 @@
+"""A job: all that a coordinator needs to run an experiment, picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from subfleet.datasets.federation import Federation
+from subfleet.platform.engine import Work
+from subfleet.platform.fleet import Fleet
+from subfleet.platform.record import EngineRecord
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run goes on and what it measures; the keys of `[run]`."""
+
+    rounds: int
+    cohort: int
+    engine: Literal["auto", "loop", "vmap"] = "auto"
+    eval_every: int = 5
+    eval_clients: int = 1000
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    target_accuracy: float | None = None
+    max_seconds: float | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    bundle_clients: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what the hosts have, the data, the fleet, and the options."""
+
+    work: Work
+    federation: Federation
+    fleet: Fleet
+    options: RunOptions
+    config: dict[str, Any]
+    fingerprint: str
+    record: EngineRecord = EngineRecord()

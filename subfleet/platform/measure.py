@@ -1,0 +1,120 @@
+"""From what hosts return to the numbers of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from subfleet.core.units import IndexMap
+from subfleet.platform.bundles import BundleResult
+from subfleet.platform.engine import OK
+
+_UPLOADED = ("client", "num_samples", "loss", "acc_local", "seconds", "flops", "bytes_up", "steps")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Accuracy and loss of each view on the evaluated clients, sample-weighted."""
+
+    accuracy: dict[str, float]
+    loss: dict[str, float]
+    samples: int
+
+    @classmethod
+    def merged(cls, results: Iterable[BundleResult], views: Mapping[str, IndexMap]) -> Evaluated:
+        """Sums bundles in order of their number, so that arrival leaves no trace."""
+        tables = [r.table for r in sorted(results, key=lambda r: r.number)]
+        accuracy, loss, samples = {}, {}, 0
+        for name in views:
+            correct, lost, count = (
+                sum(float(table[f"{name}/{what}"].sum()) for table in tables)
+                for what in ("correct", "loss", "count")
+            )
+            accuracy[name] = correct / count if count else float("nan")
+            loss[name] = lost / count if count else float("nan")
+            samples = int(count)
+        return cls(accuracy, loss, samples)
+
+
+def client_columns(
+    results: Sequence[BundleResult],
+    tier_names: Sequence[str],
+    bytes_down: Mapping[int, tuple[int, int]],
+) -> dict[str, np.ndarray]:
+    """The columns of `clients/` for one round, a row per client, in bundle order.
+
+    Also `bytes_map`, both ways together, which the parts do not hold.
+    """
+    tables = [result.table for result in results]
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in _UPLOADED}
+    tiers = np.concatenate([table["tier"] for table in tables])
+    columns["tier"] = np.array(tier_names)[tiers]
+    columns["status"] = np.concatenate([table["status"] for table in tables])
+    down = np.array([bytes_down[client] for client in columns["client"].tolist()], np.int64)
+    columns["bytes_down"] = down[:, 0]
+    columns["bytes_map"] = np.concatenate([table["bytes_map"] for table in tables]) + down[:, 1]
+    return columns
+
+
+def local_accuracy(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean, sample sd and worst tenth of clients' own accuracy before merging.
+
+    >>> one = local_accuracy({"acc_local": np.array([0.5, 1.0, np.nan])})
+    >>> one["acc_local"], round(one["acc_local_sd"], 4), one["acc_local_worst10"]
+    (0.75, 0.3536, 0.5)
+    """
+    known = np.sort(columns["acc_local"][~np.isnan(columns["acc_local"])])
+    if not len(known):
+        return {}
+    return {
+        "acc_local": float(known.mean()),
+        "acc_local_sd": float(known.std(ddof=1)) if len(known) > 1 else 0.0,
+        "acc_local_worst10": float(known[: max(1, len(known) // 10)].mean()),
+    }
+
+
+def round_record(
+    round: int,
+    columns: dict[str, np.ndarray],
+    *,
+    local: Mapping[str, float] | None,
+    evaluated: Evaluated | None,
+    coverage_min: int | None,
+    retries: int,
+    trained_s: float,
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl` but its `seconds`; takes `bytes_map` out of the columns."""
+    merged = columns["status"] == OK
+    samples = columns["num_samples"][merged]
+    seen = merged & ~np.isnan(columns["loss"])
+    weights = columns["num_samples"][seen]
+    record: dict[str, Any] = {
+        "round": round,
+        "loss_train": float(np.average(columns["loss"][seen], weights=weights))
+        if weights.sum()
+        else float("nan"),
+        **(local or {}),
+        "clients": int(merged.sum()),
+        "samples": int(samples.sum()),
+        "bytes_up": int(columns["bytes_up"].sum()),
+        "bytes_down": int(columns["bytes_down"].sum()),
+        "bytes_map": int(columns.pop("bytes_map").sum()),
+        "flops": float(columns["flops"].sum()),
+        "clients_per_s": len(merged) / trained_s,
+        "retries": retries,
+        "dropped": 0,
+        "late": 0,
+    }
+    if coverage_min is not None:
+        record["coverage_min"] = coverage_min
+    if evaluated is not None:
+        tiers = {name: value for name, value in evaluated.accuracy.items() if name != "global"}
+        record |= {
+            "acc_global": evaluated.accuracy["global"],
+            "loss_global": evaluated.loss["global"],
+            "acc_tier": tiers,
+        }
+    return record

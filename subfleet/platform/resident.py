@@ -1,0 +1,61 @@
+"""A variant's physically small network, built once and lent to one client after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from subfleet.core.algorithm import Params
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.units import IndexMap
+from subfleet.platform.record import Choice
+
+
+class Resident:
+    """The network of one variant with buffers that clients take turns in.
+
+    Calling it with its own `params` runs the module directly; any other tree
+    goes through `functional_call`. So a loss written for mapped clients costs a
+    looped one nothing.
+    """
+
+    def __init__(self, net: SuperNetwork, map: IndexMap, choice: Choice):
+        self.device = torch.device(choice.device)
+        self.channels_last = choice.memory_format == "channels_last"
+        module = net.module(map).to(self.device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module: nn.Module = module
+        self.trainable = dict(module.named_parameters())
+        self.statistics = dict(module.named_buffers())
+        self.params: Params = {**self.trainable, **self.statistics}
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        if params is self.params:
+            return self.module(x)
+        return functional_call(self.module, params, (x,))
+
+    def load(self, params: Params) -> None:
+        """Copies a client's start into the buffers; `params` must name every tensor."""
+        names = list(self.params)
+        with torch.no_grad():
+            torch._foreach_copy_([self.params[n] for n in names], [params[n] for n in names])
+
+    def images(self, x: Tensor, scale: float) -> Tensor:
+        """Rows as the network wants them: float and scaled, or integer tokens as they are."""
+        if x.dtype == torch.uint8 or x.is_floating_point():
+            x = x.to(self.device, torch.float32)
+            if scale != 1.0:
+                x = x * scale
+        else:
+            x = x.to(self.device)
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity (a float32 overflow of the norm counts)."""
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors)).sum()))
