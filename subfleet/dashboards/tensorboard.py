@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from subfleet.platform.columns import METRICS_COLUMNS
 from subfleet.platform.files import disk_guard, to_jsonable
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _TAGS = {column.name: column.tag for column in METRICS_COLUMNS}
 
@@ -41,79 +40,127 @@ def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
         yield tag, float(value)
 
 
+class _EventFile:
+    """One event file, written at once and in whole steps.
+
+    TensorBoard's own writer hands over to a thread, where a full disk ends in a
+    traceback and half an event.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        # Generated modules, which type checkers cannot look into.
+        from tensorboard.compat.proto import event_pb2
+
+        proto: Any = event_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        # Readers take the files in the order of their names.
+        self._path = folder / f"events.out.tfevents.{time.time_ns() // 10**6:013d}"
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._size = 0
+        self._event = proto.Event
+        events = [proto.Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if purge_step is not None:
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            events.append(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._write(events)
+
+    def add(self, summaries: Iterable[Any], step: int) -> None:
+        """Write summaries of one step; all of them or, on a full disk, none."""
+        now = time.time()
+        self._write([self._event(wall_time=now, step=step, summary=part) for part in summaries])
+
+    def _write(self, events: list[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in events:
+            records.write(event.SerializeToString())
+        data = memoryview(buffer.getvalue())
+        with disk_guard(self._path, len(data)):
+            try:
+                at = self._size
+                while data:
+                    written = os.pwrite(self._handle, data, at)
+                    data, at = data[written:], at + written
+            except BaseException:
+                os.ftruncate(self._handle, self._size)
+                raise
+        self._size = at
+
+    def close(self) -> None:
+        """Make the events durable and close."""
+        os.fsync(self._handle)
+        os.close(self._handle)
+
+
 class TensorBoardWriter:
     """An `Observer` that writes event files into a folder.
 
     On a resume whatever the events hold beyond the checkpoint is purged.
-    Nothing of TensorBoard is imported before `on_start`.
+    Nothing of TensorBoard is imported before `on_start`. A full disk raises
+    `RunFailed`.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
-        self._writer: SummaryWriter | None = None
+        self._events: _EventFile | None = None
         self._config: dict[str, Any] = {}
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Open the event file and write the experiment as text."""
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import text
 
         start = info.get("start", 0)
         self._config = info.get("config", {})
-        with disk_guard(self.folder / "events", 0):
-            self._writer = SummaryWriter(
-                str(self.folder), purge_step=start + 1 if start else None, flush_secs=10
-            )
-            text = json.dumps(to_jsonable(self._config), indent=2)
-            indented = "\n".join("    " + line for line in text.splitlines())
-            self._writer.add_text("experiment", indented, start)
+        self._events = _EventFile(self.folder, purge_step=start + 1 if start else None)
+        config = json.dumps(to_jsonable(self._config), indent=2)
+        indented = "\n".join("    " + line for line in config.splitlines())  # code, in Markdown
+        self._events.add([text("experiment", indented)], start)
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Write the round's scalars, and for each unit group how many clients trained each unit."""
-        assert self._writer is not None, "on_start first"
-        step = record["round"]
-        with disk_guard(self.folder / "events", 0):
-            for tag, value in scalars(record):
-                self._writer.add_scalar(tag, value, step)
-            for group, counts in coverage.items():
-                self._coverage(group, np.asarray(counts), step)
+        from torch.utils.tensorboard.summary import scalar
 
-    def _coverage(self, group: str, counts_C: np.ndarray, step: int) -> None:
-        # Units along the axis and clients as heights: a histogram of the counts
-        # themselves would not show which units went untrained.
-        assert self._writer is not None
-        units = np.arange(len(counts_C))
-        total = int(counts_C.sum())
-        self._writer.add_histogram_raw(
-            f"coverage/{group}",
-            min=0,
-            max=len(counts_C),
-            num=total,
-            sum=float((counts_C * units).sum()),
-            sum_squares=float((counts_C * units**2).sum()),
-            bucket_limits=(units + 1).tolist(),
-            bucket_counts=counts_C.tolist(),
-            global_step=step,
-        )
+        assert self._events is not None, "on_start first"
+        parts = [scalar(tag, value) for tag, value in scalars(record)]
+        parts += [_coverage(group, np.asarray(counts)) for group, counts in coverage.items()]
+        self._events.add(parts, record["round"])
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Write the final metrics beside the hyper-parameters and close."""
-        if self._writer is None:
+        from torch.utils.tensorboard.summary import hparams, scalar
+
+        if self._events is None:
             return
+        events, self._events = self._events, None
         final = dict(_numbers("final", to_jsonable(summary)))
-        with disk_guard(self.folder / "events", 0):
-            for tag, value in final.items():
-                self._writer.add_scalar(tag, value, summary.get("rounds", 0))
-            self._hparams(list(final))
-            self._writer.close()
-        self._writer = None
+        parts = [scalar(tag, value) for tag, value in final.items()]
+        parts += hparams(dict(_flat(self._config)), dict.fromkeys(final, 0.0))
+        try:
+            events.add(parts, summary.get("rounds", 0))
+        finally:
+            events.close()
 
-    def _hparams(self, tags: list[str]) -> None:
-        # SummaryWriter.add_hparams would open a second run; these belong to this one.
-        from torch.utils.tensorboard.summary import hparams
 
-        assert self._writer is not None
-        for part in hparams(dict(_flat(self._config)), dict.fromkeys(tags, 0.0)):
-            self._writer._get_file_writer().add_summary(part)
+def _coverage(group: str, counts_C: np.ndarray) -> Any:
+    """Units along the axis, clients as heights.
+
+    A histogram of the counts themselves would not show which units went untrained.
+    """
+    from torch.utils.tensorboard.summary import histogram_raw
+
+    units = np.arange(len(counts_C))
+    return histogram_raw(
+        f"coverage/{group}",
+        min=0,
+        max=len(counts_C),
+        num=int(counts_C.sum()),
+        sum=float((counts_C * units).sum()),
+        sum_squares=float((counts_C * units**2).sum()),
+        bucket_limits=(units + 1).tolist(),
+        bucket_counts=counts_C.tolist(),
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

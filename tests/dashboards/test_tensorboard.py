@@ -79,11 +79,32 @@ def test_hyper_parameters_stand_beside_the_final_metrics(tmp_path):
 
 
 def test_a_resume_purges_what_lies_beyond_the_checkpoint(tmp_path):
-    lost = write(tmp_path, 1, 6)
-    lost._writer.flush()
+    write(tmp_path, 1, 6)  # killed: never closed
     write(tmp_path, 5, 8, start=4).on_end({"rounds": 8})
     steps = [event.step for event in read(tmp_path).Scalars("accuracy/global")]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_full_disk_is_one_clear_failure_and_no_half_event(tmp_path):
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+from subfleet.core.errors import RunFailed
+from subfleet.dashboards.tensorboard import TensorBoardWriter
+writer = TensorBoardWriter(sys.argv[1])
+writer.on_start({"config": {"a": 1}})
+try:
+    for number in range(1, 1000):
+        writer.on_round({"round": number, "acc_global": 0.5}, {})
+except RunFailed as error:
+    print(number, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and "disk full while writing" in done.stdout
+    steps = [event.step for event in read(tmp_path).Scalars("accuracy/global")]
+    assert steps == list(range(1, int(done.stdout.split()[0])))
 
 
 def test_importing_it_is_cheap():
