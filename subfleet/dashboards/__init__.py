@@ -1,1 +1,1 @@
-
+"""What a run shows: TensorBoard, the terminal, pictures."""
