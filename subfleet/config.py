@@ -90,7 +90,7 @@ class ModelTable(OpenTable):
     """`[model]`: the super-network."""
 
     name: str = Field(
-        default="cnn", description="name a super-network; `subfleet models list` shows them"
+        default="small_cnn", description="name a super-network; `subfleet models list` shows them"
     )
     width: float | None = Field(
         default=None, gt=0, le=16, description="set the multiple of the super-network's own widths"

@@ -1,0 +1,81 @@
+"""What the commands share: how errors end a command, and how tables are printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from subfleet.core.errors import InputError, RunFailed
+
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+STATUS_FAILED = 1
+STATUS_BAD_INPUT = 2
+STATUS_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command end with the right status and one message on stderr."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            _end(f"error: {error}", STATUS_BAD_INPUT, kwargs.get("debug", False))
+        except RunFailed as error:
+            _end(f"run failed: {error}", STATUS_FAILED, kwargs.get("debug", False))
+        except KeyboardInterrupt:
+            _end("interrupted", STATUS_INTERRUPTED, kwargs.get("debug", False))
+
+    return guarded
+
+
+def _end(message: str, status: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(message, err=True)
+    raise typer.Exit(status)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
+    """Rows as a table; numbers are set to the right, with thousands separated."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    first = rows[0] if rows else {}
+    for i, (key, value) in enumerate(first.items()):
+        is_number = isinstance(value, int | float)
+        justify = "right" if is_number else "left"
+        # A number or a name that wraps is unreadable; other texts may.
+        table.add_column(key.replace("_", " "), justify=justify, no_wrap=is_number or i == 0)
+    for row in rows:
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe need not wrap at 80 columns
+        console = Console(width=160)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,245 @@
+"""From a name in an experiment to the thing itself: algorithm, model, data set.
+
+A name is one of the built-in tables (`ALGORITHMS`, `ZOO`, `SETS`) or the user's
+own "module:attribute". What it names is called with what the platform knows (a
+data set's classes, the seed, ...) and with the options of its TOML table; these
+are checked against the callable's signature first, so that a misspelt key or a
+string for a number is one clear message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
+from subfleet.core.algorithm import Algorithm, Setting
+from subfleet.core.errors import InputError, did_you_mean
+
+Factory = Callable[..., Any]
+
+
+def algorithms() -> Mapping[str, type[Algorithm]]:
+    """The built-in algorithms by name."""
+    from subfleet.algorithms import ALGORITHMS
+
+    return ALGORITHMS
+
+
+def models() -> Mapping[str, Factory]:
+    """The built-in super-network factories by name."""
+    from subfleet.models import ZOO
+
+    return ZOO
+
+
+def data_sets() -> Mapping[str, Factory]:
+    """The built-in data-set factories by name."""
+    from subfleet.datasets import SETS
+
+    return SETS
+
+
+# --- by name -----------------------------------------------------------------------------------
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The algorithm that `name` names.
+
+    >>> algorithm_class("fedavg").__name__
+    'FedAvg'
+
+    Raises:
+        InputError: There is none, or it is not an `Algorithm`.
+    """
+    found = _look_up("algorithm", name, algorithms())
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise InputError(
+            f"algorithm.name = {name!r}: {found!r} is not a class derived from "
+            "subfleet.Algorithm; name such a class"
+        )
+    return found
+
+
+def model_factory(name: str) -> Factory:
+    """The callable that makes the super-network `name`; raises `InputError` for none."""
+    return _look_up("model", name, models())
+
+
+def data_factory(name: str) -> Factory:
+    """The callable that opens the data set `name`; raises `InputError` for none."""
+    return _look_up("data", name, data_sets())
+
+
+def _look_up(table: str, name: str, known: Mapping[str, Factory]) -> Factory:
+    if ":" in name:
+        return _users_own(table, name)
+    if name not in known:
+        kind = {"data": "data set"}.get(table, table)
+        raise InputError(
+            f"{table}.name = {name!r}: unknown {kind}; {did_you_mean(name, known)} "
+            "(your own: 'module:attribute')"
+        )
+    return known[name]
+
+
+def _users_own(table: str, name: str) -> Factory:
+    module_name, _, attribute = name.partition(":")
+    key = f"{table}.name = {name!r}"
+    if not module_name or not attribute:
+        raise InputError(f"{key}: not of the form 'module:attribute'; write e.g. 'my_code:thing'")
+    # Last, so that nothing in the working folder can stand in for a library.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises is the cause to show
+        raise InputError(
+            f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}; "
+            "start in the folder that holds it, or set PYTHONPATH"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [item for item in vars(found) if not item.startswith("_")]
+            raise InputError(
+                f"{key}: {module_name!r} has no {attribute!r}; {did_you_mean(part, public)}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(
+            f"{key}: a {type(found).__name__} cannot be called; name a class or a function"
+        )
+    return found
+
+
+# --- built ----------------------------------------------------------------------------------------
+
+
+def build_algorithm(table: AlgorithmTable, setting: Setting) -> Algorithm:
+    """The algorithm of `[algorithm]` with its options, in its setting."""
+    cls = algorithm_class(table.name)
+    return cls(setting, **check_options("algorithm", cls, table.options, _given(cls)))
+
+
+def build_model(table: ModelTable, **runtime: Any) -> Any:
+    """The super-network of `[model]`; of `runtime` the factory gets what it has names for."""
+    factory = model_factory(table.name)
+    return _build("model", factory, table.options, runtime)
+
+
+def build_data(table: DataTable, **runtime: Any) -> Any:
+    """The data set of `[data]`; of `runtime` the factory gets what it has names for."""
+    factory = data_factory(table.name)
+    return _build("data", factory, table.options, runtime)
+
+
+def check_names(experiment: Experiment) -> None:
+    """Raise `InputError` unless all three names, and the algorithm's options, are right.
+
+    Nothing is opened or built, so a mistake shows before any data are read.
+    """
+    data_factory(experiment.data.name)
+    model_factory(experiment.model.name)
+    cls = algorithm_class(experiment.algorithm.name)
+    check_options("algorithm", cls, experiment.algorithm.options, _given(cls))
+
+
+def _given(cls: type[Algorithm]) -> frozenset[str]:
+    return frozenset({dataclasses.fields(cls)[0].name})
+
+
+def _build(
+    table: str, factory: Factory, options: Mapping[str, Any], runtime: Mapping[str, Any]
+) -> Any:
+    checked = check_options(table, factory, options, frozenset(runtime))
+    parameters = _parameters(factory)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    passed = {name: v for name, v in runtime.items() if takes_all or name in parameters}
+    return factory(**passed, **checked)
+
+
+# --- options against a signature ------------------------------------------------------------------
+
+
+def option_names(factory: Factory, given: frozenset[str] = frozenset()) -> list[str]:
+    """The keys that a factory's table may hold, besides `name`."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [n for n, p in _parameters(factory).items() if p.kind in kinds and n not in given]
+
+
+def check_options(
+    table: str, factory: Factory, options: Mapping[str, Any], given: frozenset[str]
+) -> dict[str, Any]:
+    """The options, converted to what the factory's annotations say.
+
+    Args:
+        table: The TOML table's name, for messages.
+        factory: A class or function.
+        options: The table without `name`.
+        given: Parameters that the platform fills; they are not options.
+
+    Raises:
+        InputError: Naming the first key that is unknown, missing or of the wrong type.
+    """
+    parameters = _parameters(factory)
+    known = option_names(factory, given)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    name = getattr(factory, "__name__", repr(factory))
+    for key in options:
+        if key in given and key in parameters:
+            raise InputError(f"{table}.{key} follows from the run and cannot be set; remove it")
+        if key not in known and not takes_all:
+            hint = did_you_mean(key, known) if known else "it has no options; remove the key"
+            raise InputError(f"{table}.{key}: not an option of {name}; {hint}")
+    for key in known:
+        if parameters[key].default is inspect.Parameter.empty and key not in options:
+            raise InputError(f"{table}.{key} is missing; {name} needs it")
+    hints = _hints(factory)
+    return {
+        key: _converted(f"{table}.{key}", value, hints[key]) if key in hints else value
+        for key, value in options.items()
+    }
+
+
+def _parameters(factory: Factory) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        # Some compiled callables have no signature; then any key may be right.
+        return {"options": inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _hints(factory: Factory) -> dict[str, Any]:
+    """Resolved annotations of the parameters; those that cannot be resolved are left out."""
+    plain_class = isinstance(factory, type) and not dataclasses.is_dataclass(factory)
+    try:
+        return typing.get_type_hints(factory.__init__ if plain_class else factory)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _converted(key: str, value: Any, annotation: Any) -> Any:
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(strict=True))
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return value  # a type of the factory's own; it checks for itself
+    try:
+        # By way of JSON a TOML list may become a tuple, while a string never becomes a number.
+        return adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        wanted = getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+        if typing.get_origin(annotation) is not None or "|" in str(annotation):
+            wanted = str(annotation).replace("typing.", "")
+        message = detail["msg"][0].lower() + detail["msg"][1:]
+        raise InputError(f"{key} = {value!r}: {message}; give a value of type {wanted}") from None

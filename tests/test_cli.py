@@ -1,0 +1,164 @@
+"""The commands: how errors end, what tables hold, and what help shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from subfleet.cli import app
+from subfleet.cli_catalog import parse_budget
+from subfleet.cli_support import reported
+from subfleet.core.errors import InputError, RunFailed
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    file = tmp_path / "small.toml"
+    file.write_text('[data]\nname = "synthetic_femnist"\n')
+    return file
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (InputError("train.lr = -1"), 2, "error: train.lr = -1\n"),
+        (RunFailed("round 3 turned NaN"), 1, "run failed: round 3 turned NaN\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors_end_with_their_status_and_one_message(
+    error: BaseException, status: int, words: str, debug: bool
+) -> None:
+    failing = typer.Typer()
+
+    @failing.command()
+    @reported
+    def fail(debug: bool = False) -> None:
+        raise error
+
+    result = runner.invoke(failing, ["--debug"] if debug else [])
+    assert result.exit_code == status
+    assert result.stdout == ""
+    assert result.stderr.endswith(words)
+    assert ("Traceback" in result.stderr) == debug
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "{}", "--set", "train.lr=-1"], "train.lr = -1: must be greater than 0"),
+        (["run", "{}", "--set", "train.lrr=1"], "unknown key; did you mean 'lr'?"),
+        (["run", "none.toml"], "none.toml: no such file"),
+        (["run", "{}", "--resume"], "--resume needs --out"),
+        (["run", "{}", "--local", "--address", "auto"], "exclude each other"),
+        (["sweep", "{}", "--seeds", "0,x"], "'x' is not a whole number"),
+        (["sweep", "{}", "--seeds", "1,1"], "a seed is given twice"),
+        (["sweep", "{}", "--set", "train.lr="], "cannot read the values"),
+        (["models", "describe", "smal_cnn"], "did you mean 'small_cnn'?"),
+        (["models", "describe", "small_cnn", "--width", "2"], "width 2"),
+        (["models", "describe", "small_cnn", "--budget", "flops=1"], "below the smallest"),
+        (["models", "describe", "small_cnn", "--budget", "flop=1"], "is not flops=N or params=N"),
+        (["models", "describe", "small_cnn", "--budget", "flops=9M", "--width", "1"], "exclude"),
+        (["models", "describe", "small_cnn", "--set", "chanels=[1,2]"], "did you mean 'channels'?"),
+    ],
+)
+def test_bad_input_ends_with_status_2(arguments: list[str], words: str, small: Path) -> None:
+    result = runner.invoke(app, [a.format(small) for a in arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_commands_and_options_end_with_status_2(small: Path) -> None:
+    assert runner.invoke(app, ["rum"]).exit_code == 2
+    assert runner.invoke(app, ["run", str(small), "--sett", "a.b=1"]).exit_code == 2
+
+
+def test_a_layer_table_adds_up() -> None:
+    result = runner.invoke(app, ["models", "describe", "small_cnn", "--width", "0.5", "--json"])
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    total, layers = shown["total"], shown["layers"]
+    assert [row["units"] for row in layers] == [4, 8, 32, 62]
+    # conv 9*1*4, conv 9*4*8, fc 8*49*32, fc 32*62; each conv over 28^2 and 14^2 positions.
+    assert [row["params"] for row in layers] == [36, 288, 12_544, 1_984]
+    assert [row["macs"] for row in layers] == [36 * 784, 288 * 196, 12_544, 1_984]
+    for key in ("params", "macs"):
+        assert total[key] == sum(row[key] for row in layers)
+    # Wire: the same plus biases, four bytes each, and two bytes for each of three groups.
+    assert sum(row["wire_bytes"] for row in layers) == 4 * (14_852 + 4 + 8 + 32 + 62)
+    assert total["map_bytes"] == 6
+    assert total["wire_bytes"] == 4 * (14_852 + 4 + 8 + 32 + 62) + 6
+
+
+def test_a_budget_gives_the_widest_that_meets_it() -> None:
+    result = runner.invoke(
+        app, ["models", "describe", "small_cnn", "--budget", "flops=0.1M,params=20k", "--json"]
+    )
+    total = json.loads(result.stdout)["total"]
+    assert total["macs"] <= 100_000
+    assert total["params"] <= 20_000
+    assert total["width"] >= 0.5
+
+
+@pytest.mark.parametrize("command", [["models", "list"], ["algorithms"], ["data", "list"]])
+def test_lists_come_as_a_table_and_as_json(command: list[str]) -> None:
+    rows = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    table = runner.invoke(app, command).stdout
+    assert rows
+    for row in rows:
+        assert row["name"] in table
+        assert row["what"]
+
+
+def test_the_text_table_shows_thousands() -> None:
+    assert "55,368" in runner.invoke(app, ["models", "describe", "small_cnn"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("flops=30M", {"flops": 30_000_000}),
+        ("flops=2g, params=1.5k", {"flops": 2 * 10**9, "params": 1500}),
+        ("params=7", {"params": 7}),
+    ],
+)
+def test_budgets_may_have_suffixes(text: str, limits: dict[str, int]) -> None:
+    assert parse_budget(text) == limits
+
+
+@pytest.mark.parametrize("text", ["", "flops", "flops=", "flops=M", "flops=-1", "flops=nan", "x=1"])
+def test_a_malformed_budget_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"write e\.g\. flops=30M"):
+        parse_budget(text)
+
+
+COMMANDS = ["run", "sweep", "models list", "models describe", "algorithms", "data list"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_stay_on_their_lines(command: str) -> None:
+    result = runner.invoke(app, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert re.search(rf"^\s+subfleet {command}", result.stdout, re.MULTILINE)
+
+
+def test_help_is_there_well_under_a_second(root: Path) -> None:
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "subfleet", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine
+    assert runner.invoke(app, ["--version"]).stdout.startswith("subfleet 0.")

@@ -1,0 +1,82 @@
+"""What is delivered: the wheel, the pins and the make targets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import subfleet
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def pins(root: Path) -> dict[str, str]:
+    lines = (root / "constraints.txt").read_text().splitlines()
+    rows = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {_plain(name): version for name, version in rows}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned(root: Path, project: dict) -> None:
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {_plain(re.split(r"[\[<>=~! ]", line)[0]) for line in wanted}
+    assert names <= set(pins(root))
+
+
+def test_torch_and_torchvision_are_the_pair_that_belongs_together(root: Path) -> None:
+    pinned = pins(root)
+    assert (pinned["torch"], pinned["torchvision"]) == ("2.13.0", "0.28.0")
+
+
+def test_the_version_is_said_once_more_and_agrees(project: dict) -> None:
+    assert project["version"] == subfleet.__version__
+
+
+def test_the_wheel_holds_every_module(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(root / "subfleet", source / "subfleet", ignore=_leftovers)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (root / name).exists():
+            shutil.copy(root / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if name.endswith(".py")}
+    modules = (root / "subfleet").rglob("*.py")
+    assert inside == {m.relative_to(root).as_posix() for m in modules}
+    assert any(name.startswith("subfleet/platform/") for name in inside)
+
+
+def _leftovers(folder: str, names: list[str]) -> set[str]:
+    del folder
+    return {name for name in names if name == "__pycache__"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["install", "demo", "test", "check", "bench", "clean"])
+def test_make_knows_its_targets(root: Path, target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_can_be_run(root: Path) -> None:
+    script = root / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
