@@ -173,14 +173,17 @@ def finish(
     where nobody does. "all" divides by the weight of all clients, so that those who do
     not cover a coordinate pull it towards its current value:
     w + sum_k p_k pad(w_k - w[I_k]) with p_k = a_k / sum a.
-    Tensors that nobody returned come back as they are (the same objects).
+    Tensors that nobody returned come back as they are (the same objects). Raises
+    `InputError` when clients returned a tensor that `current` does not hold.
     """
     if normaliser not in ("count", "all"):
         raise InputError(f"unknown normaliser {normaliser!r}; choose count or all")
     if normaliser == "count" and (only := _only_full_part(update, space)) is not None:
+        _refuse_unknown(only.total, current)
         mean = {n: (t / only.weight).to(current[n].dtype) for n, t in only.total.items()}
         return {name: mean.get(name, tensor) for name, tensor in current.items()}
     num, den = sums(update, space)
+    _refuse_unknown(num, current)
     new = dict(current)
     for name in num:
         now = current[name]
@@ -226,8 +229,11 @@ def _key(map: IndexMap, tensors: Mapping[str, Tensor]) -> PartKey:
 
 def _first(space: UnitSpace, map: IndexMap, tensors: Mapping[str, Tensor], weight: float) -> Part:
     space.check(tensors, map)
-    # mul with a float64 result, so that the first client rounds like all the others.
-    total = {name: tensor.to(torch.float64).mul(weight) for name, tensor in tensors.items()}
+    # Contiguous whatever the trainer's memory format, so that Ray can pass it on uncopied.
+    total = {
+        name: tensor.to(torch.float64, memory_format=torch.contiguous_format).mul(weight)
+        for name, tensor in tensors.items()
+    }
     return Part(map, total, weight, 1)
 
 
@@ -290,6 +296,14 @@ def _add_sums(into: Tensors, other: Tensors) -> None:
             into[name].add_(tensor)
         else:
             into[name] = tensor.clone()
+
+
+def _refuse_unknown(returned: Tensors, current: Mapping[str, Tensor]) -> None:
+    if extra := sorted(returned.keys() - current.keys()):
+        raise InputError(
+            f"clients returned tensors {extra} that the server does not hold; "
+            "leave them out of the update or keep them on the server"
+        )
 
 
 def _only_full_part(update: Update, space: UnitSpace) -> Part | None:

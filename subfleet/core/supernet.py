@@ -70,15 +70,17 @@ class SuperNetwork:
             module = drop_counters(self.build(dict(self.space.groups)))
         return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
-    def module(self, map: IndexMap | None = None) -> nn.Module:
+    def module(self, map: IndexMap | None = None, *, device: str = "cpu") -> nn.Module:
         """The physically small module of a map, in training mode, with arbitrary values.
 
         Its state dictionary has exactly the names of `space` and the shapes of
-        `space.slice_shapes(map)`; torch's global random state is left as it was.
+        `space.slice_shapes(map)`; torch's global random state is left as it was. On the
+        device "meta" it has no storage: all that `torch.func.functional_call` needs, at
+        a fraction of the time.
         """
         map = IndexMap.full() if map is None else map
         self.space.validate(map)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             return drop_counters(self.build(self.space.counts_by_group(map)))
 
     def cost(

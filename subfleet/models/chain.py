@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ _PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Identity: (),
     nn.Dropout: ("p", "inplace"),
     nn.Dropout2d: ("p", "inplace"),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     nn.AvgPool2d: (
         "kernel_size",
         "stride",
@@ -70,7 +70,11 @@ def build_chain(specs: tuple[LayerSpec, ...], counts: Mapping[str, int]) -> nn.M
 
 
 def chain(
-    name: str, layers: nn.Sequential, input_shape: tuple[int, ...], *, fixed: Collection[str] = ()
+    name: str,
+    layers: nn.Sequential | Sequence[nn.Module],
+    input_shape: tuple[int, ...],
+    *,
+    fixed: Collection[str] = (),
 ) -> SuperNetwork:
     """A `SuperNetwork` from a sequence of layers, which may live on the meta device.
 
@@ -84,9 +88,11 @@ def chain(
     >>> dict(net.space.groups), net.cost().params
     ({'fc1': 8}, 56)
     """
+    if not isinstance(layers, nn.Sequential):
+        layers = nn.Sequential(*layers)  # named 0, 1, ...
     walk = _Walk(name, input_shape, frozenset(fixed), _classifier(name, layers))
     # Walked on the meta device: shapes without arithmetic, and the caller's layers untouched.
-    for layer_name, layer in copy.deepcopy(layers).to("meta").eval().named_children():
+    for layer_name, layer in _on_meta(layers):
         walk.step(layer_name, layer)
     unknown = sorted(set(fixed) - walk.seen)
     if unknown:
@@ -107,15 +113,34 @@ def chain(
     )
 
 
-def features(layers: nn.Sequential, input_shape: tuple[int, ...]) -> int:
+def features(name: str, layers: nn.Sequential, input_shape: tuple[int, ...]) -> int:
     """How many numbers the layers make of one sample: the inputs of a following Linear."""
-    with torch.no_grad():
-        out = copy.deepcopy(layers).to("meta").eval()(torch.empty(1, *input_shape, device="meta"))
-    return out[0].numel()
+    x = torch.empty(1, *input_shape, device="meta")
+    for layer_name, layer in _on_meta(layers):
+        x = _apply(name, layer_name, layer, x)
+    return x[0].numel()
+
+
+def _on_meta(layers: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """Copies of the layers that compute shapes only; a layer used twice comes twice."""
+    return list(copy.deepcopy(layers).to("meta").eval()._modules.items())  # pyright: ignore
+
+
+def _apply(model: str, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            out = layer(x)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"model {model!r}, layer {name!r}: an input of shape {tuple(x.shape[1:])} does not "
+            f"fit ({reason}); correct the layer's sizes or give the model a larger input"
+        ) from error
+    return out
 
 
 def _classifier(name: str, layers: nn.Sequential) -> str:
-    heads = [n for n, layer in layers.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    heads = [n for n, layer in layers._modules.items() if isinstance(layer, nn.Linear | nn.Conv2d)]
     if not heads:
         raise InputError(f"model {name!r} has no Conv2d and no Linear layer; give it one")
     return heads[-1]
@@ -138,18 +163,17 @@ class _Walk:
         self.specs: list[LayerSpec] = []
         self.statistics: list[str] = []
         self.seen: set[str] = set()
+        self.shared: set[int] = set()  # layers with weights, by identity
 
     def step(self, name: str, layer: nn.Module) -> None:
         self.seen.add(name)
-        before = self.x
-        try:
-            with torch.no_grad():
-                self.x = layer(before)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(
-                f"model {self.model!r}, layer {name!r}: an input of shape "
-                f"{tuple(before.shape[1:])} does not fit ({error}); correct the layer's sizes"
-            ) from error
+        before, self.x = self.x, _apply(self.model, name, layer, self.x)
+        if not isinstance(self.x, Tensor):
+            raise self._refuse(name, "it returns more than one tensor", "return_indices=False")
+        if any(True for _ in layer.parameters()):
+            if id(layer) in self.shared:
+                raise self._refuse(name, "it shares its weights with another layer", "use a copy")
+            self.shared.add(id(layer))
         if isinstance(layer, nn.Conv2d):
             self._conv(name, layer, before)
         elif isinstance(layer, nn.Linear):
@@ -183,6 +207,12 @@ class _Walk:
             self.shapes[f"{name}.{leaf}"] = tuple(tensor.shape)
 
     def _conv(self, name: str, layer: nn.Conv2d, before: Tensor) -> None:
+        if before.dim() != 4:
+            raise self._refuse(
+                name,
+                f"a convolution of one sample of shape {tuple(before.shape[1:])}",
+                "give samples of shape (channels, height, width)",
+            )
         depthwise = layer.groups > 1
         if depthwise and not layer.groups == layer.in_channels == layer.out_channels:
             raise self._refuse(

@@ -40,7 +40,7 @@ def vgg(
             layers[f"pool{i}"] = nn.MaxPool2d(2, ceil_mode=True)
             before = after
         layers["flatten"] = nn.Flatten()
-        before = features(nn.Sequential(layers), input_shape)
+        before = features("vgg", nn.Sequential(layers), input_shape)
         for i, size in enumerate((*(scaled(h, width) for h in hidden), num_classes), start=1):
             layers[f"relu_fc{i}"] = nn.ReLU()
             layers[f"fc{i}"] = nn.Linear(before, size)
