@@ -195,7 +195,7 @@ def _run_here(
 
 
 def local_device(wanted: str) -> str:
-    """ "cuda" or "cpu"; InputError when a GPU is asked for and there is none."""
+    """Where to train, "cuda" or "cpu"; InputError when a GPU is asked for and there is none."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():

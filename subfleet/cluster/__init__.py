@@ -1,1 +1,1 @@
-
+"""Ray clusters: starting, joining, submitting."""

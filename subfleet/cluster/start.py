@@ -110,7 +110,7 @@ def run_on_ray(
     Raises what the coordinator raised, `RunFailed` when it died.
     """
     with ray_session(address) as ray:
-        from subfleet.platform.coordinator import Coordinator, follow
+        from subfleet.platform.coordinator import follow, start_coordinator
         from subfleet.platform.host import start_hosts
 
         where = placement(ray.nodes(), hosts, device)
@@ -122,7 +122,7 @@ def run_on_ray(
             cpus=where.cpus,
             gpus=where.gpus,
         )
-        coordinator = Coordinator.remote(job, folder, actors, where.device, list(observers))
+        coordinator = start_coordinator(job, folder, actors, where.device, list(observers))
         try:
             return follow(coordinator, progress)
         except ray.exceptions.RayTaskError as error:

@@ -1,1 +1,1 @@
-
+"""The core types: index maps, costs, budgets, algorithms. Imports nothing of ours."""

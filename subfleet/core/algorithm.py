@@ -106,7 +106,7 @@ class Stream:
         if num_samples == 0:
             return 0
         first = int(self.skip * num_samples)
-        last = int(round((self.skip + self.take) * num_samples))
+        last = round((self.skip + self.take) * num_samples)
         return max(1, last - first)
 
 
@@ -156,7 +156,9 @@ class Noise(NamedTuple):
 class Net(Protocol):
     """The physically small network of a variant: `net(params, x) -> logits`."""
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor: ...
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """Logits of a batch, [B, classes]."""
+        ...
 
 
 class Loss(Protocol):
@@ -164,7 +166,9 @@ class Loss(Protocol):
 
     def __call__(
         self, net: Net, params: Params, batch: Batch, noise: Noise, inputs: Params
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, a scalar, and metrics to log."""
+        ...
 
 
 @dataclass(frozen=True)

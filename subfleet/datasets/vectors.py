@@ -43,7 +43,7 @@ class SyntheticVectors:
         samples: int = 63,
         dim: int = 784,
         num_classes: int = 62,
-        signal: float = 0.08,
+        signal: float = 0.12,
     ) -> None:
         checked_number("clients", clients, 1, whole=True)
         checked_number("samples", samples, 2, 1 << 24, whole=True)

@@ -21,17 +21,27 @@ class Rows(Protocol):
     """The rows of several clients, client after client (a data set's block)."""
 
     @property
-    def x(self) -> np.ndarray: ...
+    def x(self) -> np.ndarray:
+        """[rows, *input_shape]."""
+        ...
+
     @property
-    def y(self) -> np.ndarray: ...
+    def y(self) -> np.ndarray:
+        """[rows], int64."""
+        ...
+
     @property
-    def offsets(self) -> np.ndarray: ...
+    def offsets(self) -> np.ndarray:
+        """[clients + 1]: where each client starts."""
+        ...
 
 
 class Images(Protocol):
     """Turns stored rows into what the network takes."""
 
-    def images(self, x: Tensor, scale: float) -> Tensor: ...
+    def images(self, x: Tensor, scale: float) -> Tensor:
+        """Float and scaled, or integer tokens as they are."""
+        ...
 
 
 class Trained(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.job import Job
@@ -48,8 +49,7 @@ class _Events:
         return events
 
 
-# Two calls at a time: the rounds, and a driver that asks how they go.
-@ray.remote(num_cpus=0, max_concurrency=2)
+@ray.remote
 class Coordinator:
     """Runs a job's rounds on its hosts and writes the run folder."""
 
@@ -73,6 +73,13 @@ class Coordinator:
         return self._events.take()
 
 
+def start_coordinator(*args: Any) -> Any:
+    """A coordinator that reserves no core; `args` are `Coordinator`'s."""
+    # Two calls at a time: the rounds, and a driver that asks how they go.
+    actor: Any = Coordinator
+    return actor.options(num_cpus=0, max_concurrency=2).remote(*args)
+
+
 def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:
     """Starts the coordinator and tells `progress` how it goes; returns the summary."""
     ended = coordinator.run.remote()
@@ -88,7 +95,7 @@ def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:
 def _succeeded(ref: Any) -> bool:
     try:
         ray.get(ref)
-    except ray.exceptions.RayError:
+    except RayError:
         return False
     return True
 

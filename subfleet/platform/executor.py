@@ -32,7 +32,7 @@ class Executor(Protocol):
 
     @property
     def device(self) -> str:
-        """ "cpu" or "cuda": where clients train."""
+        """Where clients train: "cpu" or "cuda"."""
         ...
 
     def run(
@@ -101,6 +101,7 @@ class RayExecutor:
     ) -> Iterator[BundleResult]:
         """Every bundle's result as it ends; a lost host's bundles run elsewhere."""
         import ray
+        from ray.exceptions import RayError
 
         versions = list(shared)
         refs = self._put([shared[version] for version in versions])
@@ -121,13 +122,13 @@ class RayExecutor:
                 load[host] -= 1
                 try:
                     yield ray.get(ref)
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     self._again(bundle, error, attempts[bundle.number], waiting)
 
     def _again(self, bundle: Bundle, error: Exception, attempt: int, waiting: deque) -> None:
-        import ray
+        from ray.exceptions import ObjectLostError, RayActorError
 
-        lost = isinstance(error, ray.exceptions.RayActorError | ray.exceptions.ObjectLostError)
+        lost = isinstance(error, RayActorError | ObjectLostError)
         if decide(host_lost=lost, attempt=attempt) is Decision.RETRY:
             self.retries += 1
             waiting.appendleft(bundle)

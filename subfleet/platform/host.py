@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import ray
@@ -41,4 +42,5 @@ def start_hosts(
 ) -> list:
     """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
-    return [ClientHost.options(**options).remote(work, federation, device) for _ in range(count)]
+    actor: Any = ClientHost
+    return [actor.options(**options).remote(work, federation, device) for _ in range(count)]

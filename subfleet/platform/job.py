@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from subfleet.datasets.federation import Federation
@@ -38,4 +38,4 @@ class Job:
     options: RunOptions
     config: dict[str, Any]
     fingerprint: str
-    record: EngineRecord = EngineRecord()
+    record: EngineRecord = field(default_factory=EngineRecord)

@@ -42,7 +42,8 @@ class Choice:
 class EngineRecord:
     """All choices of a run, oldest first; the last that has begun holds.
 
-    >>> record = EngineRecord((Choice("a", "cpu", "loop"), Choice("a", "cpu", "vmap", 8, from_round=5)))
+    >>> record = EngineRecord((Choice("a", "cpu", "loop"),))
+    >>> record = record.extended([Choice("a", "cpu", "vmap", 8, from_round=5)])
     >>> record.at("a", 4).way, record.at("a", 5).way
     ('loop', 'vmap')
     """

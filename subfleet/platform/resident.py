@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -9,6 +11,7 @@ from torch.func import functional_call
 from subfleet.core.algorithm import Params
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
+from subfleet.platform import foreach
 from subfleet.platform.record import Choice
 
 
@@ -33,6 +36,7 @@ class Resident:
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """Logits of a batch; shape [B, classes]."""
         if params is self.params:
             return self.module(x)
         return functional_call(self.module, params, (x,))
@@ -41,7 +45,7 @@ class Resident:
         """Copies a client's start into the buffers; `params` must name every tensor."""
         names = list(self.params)
         with torch.no_grad():
-            torch._foreach_copy_([self.params[n] for n in names], [params[n] for n in names])
+            foreach.copy_([self.params[n] for n in names], [params[n] for n in names])
 
     def images(self, x: Tensor, scale: float) -> Tensor:
         """Rows as the network wants them: float and scaled, or integer tokens as they are."""
@@ -56,6 +60,6 @@ class Resident:
         return x
 
 
-def finite(tensors: list[Tensor]) -> bool:
+def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity (a float32 overflow of the norm counts)."""
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors)).sum()))
+    return bool(torch.isfinite(torch.stack(list(foreach.norm(tensors))).sum()))

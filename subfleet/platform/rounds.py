@@ -67,7 +67,7 @@ class Rounds:
                 f"set it to at most {len(self.train_ids)}"
             )
         self.clock = PhaseClock()
-        self.kept = KeptStore(folder.kept)
+        self.kept: KeptStore
         self.record = job.record
         self.last_round = np.full(job.federation.num_clients, -1, np.int32)
         self.reports: dict[int, dict[str, Any]] = {}
@@ -85,6 +85,7 @@ class Rounds:
         clients = ClientsLog(self.folder.clients)
         started = perf_counter()
         try:
+            self.kept = KeptStore(self.folder.kept)  # empties its folder: only under the lock
             self._restore()
             metrics.truncate(self.done)
             clients.truncate(self.done)
@@ -105,7 +106,6 @@ class Rounds:
             return self._finish(metrics, finished=not self._out_of_time(started))
         finally:
             metrics.close()
-            self.kept.close()
             os.close(handle)
 
     def _out_of_time(self, started: float) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from subfleet.core.algorithm import LocalRule
+from subfleet.platform import foreach
 
 
 def step(
     rule: LocalRule,
-    params: list[Tensor],
-    grads: list[Tensor],
-    velocity: list[Tensor] | None,
-    start: list[Tensor] | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    velocity: Sequence[Tensor] | None,
+    start: Sequence[Tensor] | None,
     *,
     clients: bool = False,
 ) -> None:
@@ -26,22 +29,22 @@ def step(
     if rule.clip_norm is not None:
         grads = clipped(grads, rule.clip_norm, clients=clients)
     if rule.weight_decay:
-        grads = list(torch._foreach_add(grads, params, alpha=rule.weight_decay))
+        grads = foreach.add(grads, params, alpha=rule.weight_decay)
     if start is not None:
-        away = torch._foreach_sub(params, start)
-        grads = list(torch._foreach_add(grads, away, alpha=rule.proximal))
+        away = foreach.sub(params, start)
+        grads = foreach.add(grads, away, alpha=rule.proximal)
     if velocity is not None:
-        torch._foreach_mul_(velocity, rule.momentum)
-        torch._foreach_add_(velocity, grads)
+        foreach.mul_(velocity, rule.momentum)
+        foreach.add_(velocity, grads)
         grads = velocity
-    torch._foreach_add_(params, grads, alpha=-rule.lr)
+    foreach.add_(params, grads, alpha=-rule.lr)
 
 
-def clipped(grads: list[Tensor], bound: float, *, clients: bool = False) -> list[Tensor]:
+def clipped(grads: Sequence[Tensor], bound: float, *, clients: bool = False) -> Sequence[Tensor]:
     """Gradients scaled so that their joint norm is at most `bound`, for each client."""
     if not clients:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        return list(torch._foreach_mul(grads, (bound / (norm + 1e-6)).clamp(max=1.0)))
+        norm = torch.linalg.vector_norm(torch.stack(list(foreach.norm(grads))))
+        return foreach.mul(grads, (bound / (norm + 1e-6)).clamp(max=1.0))
     squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)  # [K]
     factor = (bound / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     return [grad * factor.view(-1, *[1] * (grad.dim() - 1)) for grad in grads]
