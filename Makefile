@@ -17,7 +17,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet \
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet \
 	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 DEMO := $(BIN)/python -m subfleet demo
