@@ -1,0 +1,215 @@
+"""LEAF's FEMNIST: the real sample, and every way in which input can be wrong."""
+
+import copy
+import gzip
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from subfleet.core.errors import InputError
+from subfleet.datasets import open_femnist
+from subfleet.datasets.femnist import cache_folder
+
+IMAGE = [1.0] * 392 + [0.0] * 391 + [3 / 255]
+GOOD = {
+    "users": ["b", "a"],
+    "num_samples": [3, 2],
+    "user_data": {
+        "a": {"x": [IMAGE, IMAGE[::-1]], "y": [0, 61]},
+        "b": {"x": [IMAGE, IMAGE[::-1], [0.5] * 784], "y": [3, 4, 5]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def sample(real_data, tmp_path_factory):
+    return real_data / "femnist", tmp_path_factory.mktemp("cache")
+
+
+def test_the_real_sample(sample):
+    data = open_femnist(*sample)
+    ids = np.arange(data.num_clients)
+    block = data.block(ids, "all")
+    assert (data.num_clients, data.num_classes, len(block.y)) == (89, 62, 12_441 + 1_425)
+    assert len(np.unique(block.y)) == 62 and data.dropped == []
+    assert block.x.dtype == np.uint8 and np.median(block.x) == 255
+    assert data.client_names == sorted(data.client_names)
+    sizes = data.sizes(ids, "all")
+    assert (sizes.min(), sizes.max()) == (5, 184) and abs(sizes.std() - 36.40) < 0.005
+
+
+@pytest.mark.parametrize("split", ["seeded", "leaf"])
+def test_repeats_in_the_real_sample_stay_on_one_side(sample, split):
+    data = open_femnist(*sample, split=split)
+    repeated = 0
+    for client in range(data.num_clients):
+        train, test = (data.block(np.array([client]), part) for part in ("train", "test"))
+        seen = {row.tobytes() for row in train.x}
+        assert not any(row.tobytes() in seen for row in test.x)
+        assert len(train.y) >= 1 and len(test.y) >= 1
+        repeated += len(train.y) - len(seen)
+    # The sample's notes count 68 repeats in the train part and 20 across the parts.
+    assert repeated > 50
+    total = data.sizes(np.arange(89), "test").sum()
+    assert total == 2808 if split == "seeded" else 1400 < total <= 1_425 - 20 + 5
+
+
+def test_the_second_opening_takes_milliseconds(sample):
+    open_femnist(*sample)
+    calls = []
+    start = time.perf_counter()
+    open_femnist(*sample, progress=lambda *call: calls.append(call))
+    assert time.perf_counter() - start < 0.2 and calls == []
+
+
+def _write(folder, data, name="all_data_0.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = data if isinstance(data, bytes) else json.dumps(data).encode()
+    (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """(source folder, cache folder)"""
+    return tmp_path / "source", tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["all_data_0.json", "all_data_0.json.gz"])
+def test_a_folder_of_files_and_exact_pixels(place, name):
+    _write(place[0], GOOD, name)
+    data = open_femnist(*place)
+    assert data.client_names == ["a", "b"]
+    block = data.block(np.array([0]), "all")
+    assert block.y.tolist() == [0, 61]
+    assert block.x[0].reshape(-1)[[0, 391, 392, 783]].tolist() == [255, 255, 0, 3]
+
+
+def test_train_and_test_files_are_joined(place):
+    test = {"users": ["a", "c"], "user_data": {"a": {"x": [[0.2] * 784], "y": [7]}}}
+    test["user_data"]["c"] = {"x": [IMAGE], "y": [1]}
+    _write(place[0] / "train", GOOD)
+    _write(place[0] / "test", test)
+    calls = []
+    data = open_femnist(*place, split="leaf", progress=lambda *call: calls.append(call))
+    assert data.client_names == ["a", "b"] and data.dropped == ["c"]
+    assert data.block(np.array([0]), "test").y.tolist() == [7]
+    assert calls[0] == ("read", 0, 2) and calls[-1] == ("write", 3, 3)
+
+
+def test_test_files_beside_train_files_are_told_by_their_names(place):
+    _write(place[0], GOOD, "x_train_9.json")
+    _write(
+        place[0],
+        {"users": ["a"], "user_data": {"a": {"x": [[0.2] * 784], "y": [7]}}},
+        "x_test_9.json",
+    )
+    assert open_femnist(*place, split="leaf").block(np.array([0]), "test").y.tolist() == [7]
+
+
+def test_a_changed_source_is_read_again(place):
+    _write(place[0], GOOD)
+    assert open_femnist(*place).num_clients == 2
+    less = copy.deepcopy(GOOD)
+    less["users"] = ["b"]
+    _write(place[0], less)
+    assert open_femnist(*place).num_clients == 1
+
+
+def test_a_damaged_cache_is_made_again(place):
+    _write(place[0], GOOD)
+    path = open_femnist(*place).path
+    os.truncate(path / "rows.arrow", 100)
+    assert open_femnist(*place).block(np.array([0]), "all").y.tolist() == [0, 61]
+
+
+def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SUBFLEET_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("SUBFLEET_CACHE")
+    assert cache_folder().parts[-2:] == (".cache", "subfleet")
+
+
+def _changed(change):
+    data = copy.deepcopy(GOOD)
+    change(data)
+    return data
+
+
+def _set(user, key, index, value):
+    def change(data):
+        data["user_data"][user][key][index] = value
+
+    return _changed(change)
+
+
+BAD = {
+    "cut": (json.dumps(GOOD).encode()[:900], r"all_data_0\.json is no whole JSON .* cut short"),
+    "a list": (b"[1, 2]", "holds a list, not LEAF's object"),
+    "no users": ({"users": [], "user_data": {}}, "has no users"),
+    "no user_data": ({"users": ["a"]}, "lacks LEAF's 'users'"),
+    "not in user_data": (
+        _changed(lambda d: d["user_data"].pop("b")),
+        "user 'b' is in 'users' but not in 'user_data'",
+    ),
+    "twice": (_changed(lambda d: d["users"].append("a")), "user 'a' is listed twice"),
+    "lengths": (
+        _changed(lambda d: d["user_data"]["a"]["y"].pop()),
+        "user 'a' has 2 images in x but 1 labels in y",
+    ),
+    "label 62": (_set("b", "y", 2, 62), r"user 'b', sample 2 has label 62, .*0\.\.61"),
+    "label -1": (_set("b", "y", 0, -1), r"user 'b', sample 0 has label -1"),
+    "label 1.5": (_set("b", "y", 0, 1.5), r"has label 1\.5, not an integer"),
+    "label text": (_set("b", "y", 0, "7"), r"has label '7', not an integer"),
+    "783 pixels": (_set("a", "x", 1, [1.0] * 783), "user 'a', sample 1 has 783 pixels, not 784"),
+    "no pixels": (_set("a", "x", 1, 5), "sample 1 has no pixels"),
+    "NaN": (_set("a", "x", 0, [float("nan")] * 784), "sample 0, pixel 0 is nan, outside"),
+    "above 1": (_set("a", "x", 1, [1.0] * 783 + [255.0]), r"pixel 783 is 255\.0, outside \[0, 1\]"),
+    "text": (_set("a", "x", 1, ["dark"] * 784), "pixel that is no number"),
+    "no x": (_changed(lambda d: d["user_data"]["a"].pop("x")), "user 'a' has no lists 'x' and 'y'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_input_errors_and_leave_nothing(place, case):
+    content, message = BAD[case]
+    _write(place[0], content)
+    with pytest.raises(InputError, match=message):
+        open_femnist(*place)
+    assert not place[1].exists() or list(place[1].iterdir()) == []
+
+
+def test_a_cut_gz_is_an_input_error(place):
+    place[0].mkdir()
+    packed = gzip.compress(json.dumps(GOOD).encode())
+    (place[0] / "a.json.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InputError, match=r"a\.json\.gz cannot be decoded .* cut short"):
+        open_femnist(*place)
+    (place[0] / "a.json.gz").write_bytes(b"no gzip at all")
+    with pytest.raises(InputError, match=r"a\.json\.gz cannot be decoded"):
+        open_femnist(*place)
+
+
+def test_a_user_twice_in_one_part_is_an_input_error(place):
+    _write(place[0] / "train", GOOD, "0.json")
+    _write(place[0] / "train", GOOD, "1.json")
+    with pytest.raises(InputError, match=r"user 'b' is in .*0\.json and again in .*1\.json"):
+        open_femnist(*place)
+
+
+def test_wrong_folders_are_input_errors(place):
+    with pytest.raises(InputError, match=r"data folder .* does not exist"):
+        open_femnist(*place)
+    place[0].mkdir()
+    with pytest.raises(InputError, match=r"has no \.json"):
+        open_femnist(*place)
+
+
+def test_a_cache_that_cannot_be_written_is_an_input_error(place, tmp_path):
+    _write(place[0], GOOD)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match=r"cannot be written .* SUBFLEET_CACHE"):
+        open_femnist(place[0], blocked)

@@ -1,0 +1,167 @@
+"""The store on disk: exact rows, mapped, whole or absent."""
+
+import errno
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.datasets import ClientRows, Federation, Store, store, write_store
+
+FACTS = {"name": "toy", "num_classes": 4, "input_shape": (2, 3), "scale": 0.5, "source": {}}
+
+
+def _clients(dtype=np.uint8, count=6):
+    """Clients of 3 to 8 rows; row 1 of each repeats row 0."""
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        rows = 3 + i
+        x = draw.integers(0, 255, (rows, 2, 3)).astype(dtype)
+        x[1] = x[0]
+        yield ClientRows(f"c{i}", x, draw.integers(0, 4, rows), np.arange(rows) == rows - 1)
+
+
+@pytest.fixture(params=[np.uint8, np.float32])
+def written(request, tmp_path):
+    write_store(tmp_path / "toy", _clients(request.param), **FACTS)
+    return Store(tmp_path / "toy"), list(_clients(request.param))
+
+
+def test_rows_come_back_as_they_were(written):
+    data, clients = written
+    assert isinstance(data, Federation)
+    assert (data.num_clients, data.num_rows, data.scale) == (6, 33, 0.5)
+    assert data.client_names == [f"c{i}" for i in range(6)]
+    block = data.block(np.array([4, 0, 4]), "all")
+    assert block.x.dtype == clients[0].x.dtype
+    assert np.array_equal(block.x, np.concatenate([clients[i].x for i in (4, 0, 4)]))
+    assert np.array_equal(block.y, np.concatenate([clients[i].y for i in (4, 0, 4)]))
+    assert block.offsets.tolist() == [0, 7, 10, 17]
+
+
+@pytest.mark.parametrize("split", ["seeded", "leaf"])
+def test_parts_cover_each_client_once_and_part_no_repeats(written, split):
+    data = Store(written[0].path, seed=3, split=split)
+    for client in range(6):
+        one = np.array([client])
+        train, test = data.block(one, "train"), data.block(one, "test")
+        every = data.block(one, "all")
+        assert len(train.y) >= 1 and len(test.y) >= 1
+        assert len(train.y) + len(test.y) == len(every.y)
+        rows = sorted(row.tobytes() for row in np.concatenate([train.x, test.x]))
+        assert rows == sorted(row.tobytes() for row in every.x)
+        seen = {row.tobytes() for row in train.x}
+        assert not any(row.tobytes() in seen for row in test.x)
+        for part, block in (("train", train), ("test", test), ("all", every)):
+            assert data.sizes(one, part).tolist() == [len(block.y)]
+            assert np.array_equal(
+                data.label_counts(one, part)[0], np.bincount(block.y, minlength=4)
+            )
+
+
+def test_leaf_split_keeps_leafs_test_rows(written):
+    data = Store(written[0].path, split="leaf")
+    block = data.block(np.arange(6), "test")
+    assert np.array_equal(block.x, np.stack([c.x[-1] for c in written[1]]))
+
+
+def test_it_pickles_as_its_arguments(written):
+    data = Store(written[0].path, seed=5)
+    ids = np.arange(6)
+    before = data.block(ids, "train")
+    text = pickle.dumps(data)
+    assert len(text) < 500
+    assert np.array_equal(pickle.loads(text).block(ids, "train").x, before.x)
+
+
+def test_many_batches_read_like_one(tmp_path, monkeypatch):
+    write_store(tmp_path / "one", _clients(), **FACTS)
+    monkeypatch.setattr(store, "_BATCH_BYTES", 1)
+    write_store(tmp_path / "many", _clients(), **FACTS)
+    one, many = Store(tmp_path / "one"), Store(tmp_path / "many")
+    assert len(many._batches) == 6 and len(one._batches) == 1
+    ids = np.array([5, 2, 3])
+    for part in ("train", "test"):
+        assert np.array_equal(one.block(ids, part).x, many.block(ids, part).x)
+
+
+def test_columns_are_views_of_the_file(written):
+    x, y = written[0]._columns[0]
+    assert not x.flags.owndata and not x.flags.writeable and not y.flags.writeable
+
+
+def test_histogram_takes_the_smallest_type(written):
+    assert np.load(written[0].path / "labels.npy").dtype == np.uint8
+
+
+def test_clients_of_one_row_are_left_out_and_named(tmp_path):
+    lone = ClientRows("lone", np.zeros((1, 2, 3), np.uint8), np.array([0]), np.array([False]))
+    write_store(tmp_path / "toy", [*_clients(), lone], **FACTS)
+    data = Store(tmp_path / "toy")
+    assert data.num_clients == 6 and data.dropped == ["lone"]
+    with pytest.raises(InputError, match="none of the 1 users has 2 samples"):
+        write_store(tmp_path / "none", [lone], **FACTS)
+    assert [p.name for p in tmp_path.iterdir()] == ["toy"]
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    def broken():
+        yield from _clients()
+        raise InputError("the last user is wrong")
+
+    with pytest.raises(InputError, match="last user"):
+        write_store(tmp_path / "toy", broken(), **FACTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_failed_run_that_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "_sync", full)
+    with pytest.raises(RunFailed, match=r"disk that holds .* is full"):
+        write_store(tmp_path / "toy", _clients(), **FACTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sound_store_that_is_there_already_stays(tmp_path):
+    write_store(tmp_path / "toy", _clients(), **FACTS)
+    write_store(tmp_path / "toy", _clients(count=2), **FACTS)
+    assert Store(tmp_path / "toy").num_clients == 6
+
+
+def test_damage_is_found(tmp_path):
+    write_store(tmp_path / "toy", _clients(), **FACTS)
+    Store(tmp_path / "toy").verify()
+    file = tmp_path / "toy" / "offsets.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"offsets\.npy differs from its sha256"):
+        Store(tmp_path / "toy").verify()
+    file.write_bytes(content[:-5])
+    with pytest.raises(InputError, match=r"offsets\.npy has .* bytes, not"):
+        Store(tmp_path / "toy")
+    write_store(tmp_path / "toy", _clients(count=2), **FACTS)
+    assert Store(tmp_path / "toy").num_clients == 2
+
+
+def test_wrong_arguments_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="holds no prepared data"):
+        Store(tmp_path)
+    with pytest.raises(InputError, match="split='lief' is unknown; did you mean 'leaf'"):
+        Store(tmp_path, split="lief")
+    write_store(tmp_path / "toy", _clients(), **FACTS)
+    manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
+    (tmp_path / "toy" / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
+    with pytest.raises(InputError, match="store version 0, needed is 1"):
+        Store(tmp_path / "toy")
+
+
+def test_leaf_split_needs_a_test_part(tmp_path):
+    clients = [c._replace(from_test=np.zeros(len(c.y), bool)) for c in _clients()]
+    write_store(tmp_path / "toy", clients, **FACTS)
+    with pytest.raises(InputError, match="has no test part"):
+        Store(tmp_path / "toy", split="leaf").sizes(np.array([0]), "train")
