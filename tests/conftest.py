@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Tests are small; threads would only fight over the cores.
 torch.set_num_threads(1)
+
+# A shared machine may stall any example; what CI finds must be found again.
+settings.register_profile("subfleet", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("subfleet")
 
 
 @pytest.fixture(scope="session")
