@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from subfleet.algorithms.local import IndexedAveraging, Statistics
+from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap
 
 
@@ -24,6 +25,14 @@ class FedRolex(IndexedAveraging):
     statistics: Statistics = "indexed_mean"
 
     paper: ClassVar[str] = "Alam et al. 2022"
+
+    def __post_init__(self) -> None:
+        if self.local_statistics:
+            raise InputError(
+                'algorithm.statistics = "local": FedRolex moves every client\'s window each round, '
+                "so that statistics kept on a client would belong to other channels; "
+                'use "indexed_mean", or a model without BatchNorm'
+            )
 
     def map_of(self, tier: int, round: int) -> IndexMap:
         """The tier's window in this round (rounds count from 1, windows start at 0)."""

@@ -103,11 +103,32 @@ class Stream:
 
     def rows(self, num_samples: int) -> int:
         """The rows left after `skip` and `take`; at least one where there are any."""
+        first, last = self.bounds(num_samples)
+        return last - first
+
+    def bounds(self, num_samples: int) -> tuple[int, int]:
+        """First and last place in the drawn order, the last exclusive.
+
+        Streams that share an edge (one takes 0.1, the other skips 0.1) share no row;
+        from two rows on, each side of an edge has at least one.
+
+        >>> Stream(take=0.1).bounds(15), Stream(skip=0.1, take=0.9).bounds(15)
+        ((0, 2), (2, 15))
+        """
         if num_samples == 0:
-            return 0
-        first = int(self.skip * num_samples)
-        last = round((self.skip + self.take) * num_samples)
-        return max(1, last - first)
+            return 0, 0
+        first = min(_edge(self.skip, num_samples), num_samples - 1)
+        return first, max(first + 1, _edge(self.skip + self.take, num_samples))
+
+
+def _edge(fraction: float, num_samples: int) -> int:
+    """The row at which a fraction of the rows ends; strictly inside where the fraction is."""
+    slack = 1e-9  # 0.1 + 0.2 is the same edge as 0.3
+    if fraction <= slack:
+        return 0
+    if fraction >= 1 - slack:
+        return num_samples
+    return max(1, min(int(fraction * num_samples + 0.5 + slack), num_samples - 1))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class SuperNetwork:
         return costs.wire_bytes(self.space, map, statistics=self.statistics, policy=policy)
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a forward pass in training draws from torch's own generator."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
 def drop_counters(module: nn.Module) -> nn.Module:
     """Remove `num_batches_tracked` from every BatchNorm, in place, and return the module.
 

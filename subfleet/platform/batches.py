@@ -37,8 +37,8 @@ def _rows(stream: Stream, num_samples: int, seed: int, round: int, client: int) 
     draw = seeds.generator(
         seed, "parts", round=round if stream.redraw == "round" else 0, client=client
     ).permutation(num_samples)
-    first = min(int(stream.skip * num_samples), num_samples - 1)
-    return draw[first : first + stream.rows(num_samples)]
+    first, last = stream.bounds(num_samples)
+    return draw[first:last]
 
 
 def steps(

@@ -111,7 +111,7 @@ def cut(
         return []
     # A client goes to the bundle in which the middle of its cost falls.
     middle = np.cumsum(costs) - costs / 2
-    place = np.minimum((middle / costs.sum() * count).astype(int), count - 1)
+    place = np.minimum((middle / (costs.sum() or 1.0) * count).astype(int), count - 1)
     bundles = []
     for _, members in groupby(range(len(ordered)), key=lambda i: place[i]):
         at = list(members)

@@ -6,7 +6,7 @@ It knows torch, NumPy and the core types; neither Ray nor where data come from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -138,12 +138,46 @@ class Engine:
                 choice = choose(self.work.net, variant, self.device, "auto", "loop", bundle.round)
                 net = self.resident(map, choice)
                 params = self.work.net.space.extract(shared[0], map)
+                adapting = self._adapting(bundle, blocks, shared, map, net, choice)
                 distinct[map.key] = evaluation.run(
-                    self.work.net, net, params, how, blocks, bundle.part, self.work.scale
+                    self.work.net, net, params, how, blocks, bundle.part, self.work.scale, adapting
                 )
             correct, loss, count = distinct[map.key]
             table |= {f"{name}/correct": correct, f"{name}/loss": loss, f"{name}/count": count}
         return BundleResult(bundle.number, table, {"evaluate": perf_counter() - started})
+
+    def _adapting(
+        self,
+        bundle: EvalBundle,
+        blocks: Mapping[str, Rows],
+        shared: Mapping[int, Params],
+        map: IndexMap,
+        resident: Resident,
+        choice: Choice,
+    ) -> Chunk | None:
+        """The evaluated clients with the program that they run before they test, if any."""
+        program = self.work.algorithm.evaluation.prepare
+        if program is None:
+            return None
+        sizes = np.diff(blocks[program.stream.part].offsets).tolist()
+        fresh = evaluation.fresh_statistics(resident)
+        return Chunk(
+            net=self.work.net,
+            program=replace(program, finish=None),
+            choice=choice,
+            tasks=[
+                ClientTask(client, map, choice.variant, float(size), size, tier=0)
+                for client, size in zip(bundle.ids.tolist(), sizes, strict=True)
+            ],
+            positions=range(len(sizes)),
+            blocks=blocks,
+            # Statistics that the server does not hold begin at their start.
+            own=[{n: v for n, v in fresh.items() if n not in shared[0]}] * len(sizes),
+            shared=shared,
+            seed=self.work.seed,
+            round=bundle.round,
+            scale=self.work.scale,
+        )
 
 
 def _rows(block: Rows, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +222,8 @@ class _Tally:
                 aggregate.accumulate(self.update, self.net.space, map, result.update, task.weight)
             elif self.collected is not None:
                 self.collected.append(Collected(task, _detached(result)))
-            self.kept[position] = result.kept
+            if result.kept is not None:
+                self.kept[position] = _copied(result.kept)
             if result.report is not None:
                 self.reports[task.client] = result.report
         self.rows.append(
@@ -225,10 +260,15 @@ def covered(task: ClientTask, result: ClientResult) -> IndexMap:
     )
 
 
+def _copied(tree: Params) -> Params:
+    """Tensors that no later client can overwrite: a looped client's lie in shared buffers."""
+    return {name: value.detach().clone() for name, value in tree.items()}
+
+
 def _detached(result: ClientResult) -> ClientResult:
     """A collected result that no later client can overwrite."""
     return ClientResult(
-        update={name: value.clone() for name, value in result.update.items()},
+        update=_copied(result.update),
         units=result.units,
         kept=None,
         report=result.report,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from subfleet.core.algorithm import Evaluation, Params
 from subfleet.core.supernet import SuperNetwork
-from subfleet.platform.chunk import Rows
+from subfleet.platform import loop
+from subfleet.platform.chunk import Chunk, Rows
 from subfleet.platform.resident import Resident
 
 BATCH = 256
@@ -26,16 +27,21 @@ def run(
     blocks: Mapping[str, Rows],
     part: str,
     scale: float,
+    adapting: Chunk | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores `params` on every client of a block.
 
-    Returns arrays of one entry per client: correct answers, summed loss, samples.
+    `adapting` holds the same clients with the program of `how.prepare`: each is
+    trained by it from `params` and scored with what it then has (a `finish` of the
+    program is not asked). Calibration comes after it. Returns arrays of one entry
+    per client: correct answers, summed loss, samples.
     """
     block = blocks[part]
     clients = len(block.offsets) - 1
     count = np.diff(block.offsets)
-    if not (how.calibrate and net.statistics):
-        resident.load({**params, **{n: params[n] for n in net.statistics if n in params}})
+    calibrates = bool(how.calibrate and net.statistics)
+    if adapting is None and not calibrates:
+        resident.load(params)
         right, loss = answers(resident, resident.params, block.x, block.y, scale)
         sums = np.zeros((2, clients))
         which = np.repeat(np.arange(clients), count)
@@ -43,13 +49,26 @@ def run(
         np.add.at(sums[1], which, loss)
         return sums[0], sums[1], count
     sums = np.zeros((2, clients))
-    for k in range(clients):
-        given, tested = _slice(blocks["train"], k), _slice(block, k)
-        resident.load({**params, **_fresh(resident)})
-        calibrate(resident, given[0], how, scale)
-        right, loss = answers(resident, resident.params, *tested, scale)
-        sums[:, k] = right.sum(), loss.sum()
+    for k, trained in enumerate(_starts(resident, params, clients, adapting)):
+        if calibrates:
+            resident.load({**trained, **fresh_statistics(resident)})
+            calibrate(resident, _slice(blocks["train"], k)[0], how, scale)
+        right, loss, _ = score(resident, resident.params, *_slice(block, k), scale)
+        sums[:, k] = right, loss
     return sums[0], sums[1], count
+
+
+def _starts(
+    resident: Resident, params: Params, clients: int, adapting: Chunk | None
+) -> Iterator[Params]:
+    """What each client has before it calibrates and tests, in the resident's buffers or loose."""
+    if adapting is None:
+        for _ in range(clients):
+            yield params
+        return
+    # The loop trains the next client only when this one has been scored.
+    for _ in loop.run(adapting, resident):
+        yield resident.params
 
 
 def _slice(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +76,8 @@ def _slice(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
     return block.x[first:last], block.y[first:last]
 
 
-def _fresh(resident: Resident) -> Params:
+def fresh_statistics(resident: Resident) -> Params:
+    """Running means 0 and variances 1, in the shape of the network."""
     return {
         name: torch.ones_like(b) if name.endswith("running_var") else torch.zeros_like(b)
         for name, b in resident.statistics.items()
@@ -68,14 +88,17 @@ def _fresh(resident: Resident) -> Params:
 def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: float) -> None:
     """Re-estimates BatchNorm statistics as plain means over up to `how.calibrate` batches."""
     norms = [m for m in resident.module.modules() if isinstance(m, _BatchNorm)]
-    resident.module.train()
+    usual = [norm.momentum for norm in norms]
+    resident.module.eval()  # no dropout: its draws would differ from host to host
+    for norm in norms:
+        norm.train()
     batches = [x[i : i + how.batch] for i in range(0, len(x), how.batch)][: how.calibrate]
     for seen, rows in enumerate(b for b in batches if len(b) > 1):
         for norm in norms:
             norm.momentum = 1.0 / (seen + 1)  # running <- running + (batch - running) / n
         resident(resident.params, resident.images(torch.as_tensor(rows), scale))
-    for norm in norms:
-        norm.momentum = 0.1
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from subfleet.core.algorithm import (
     ClientResult,
     LossProgram,
     Noise,
+    Params,
     RunContext,
     RunProgram,
     StepProgram,
@@ -25,21 +26,28 @@ from subfleet.core.algorithm import (
 )
 from subfleet.platform import rule
 from subfleet.platform.chunk import Chunk, Trained
-from subfleet.platform.resident import Resident, finite
+from subfleet.platform.resident import TORCH_RANDOM, Resident, finite
 
 
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
     """Runs the chunk's clients in task order, whatever the form of the program."""
     resident.module.train()
     for index in range(len(chunk.tasks)):
-        if resident.has_dropout:
+        if not resident.has_dropout:
+            yield _client(chunk, index, resident)
+            continue
+        with TORCH_RANDOM:
             torch.manual_seed(chunk.noise_key(index))
-        if isinstance(chunk.program, LossProgram):
-            yield _loss_client(chunk, index, resident, chunk.program)
-        elif isinstance(chunk.program, StepProgram):
-            yield _step_client(chunk, index, resident, chunk.program)
-        else:
-            yield _run_client(chunk, index, resident, chunk.program)
+            trained = _client(chunk, index, resident)
+        yield trained
+
+
+def _client(chunk: Chunk, index: int, net: Resident) -> Trained:
+    if isinstance(chunk.program, LossProgram):
+        return _loss_client(chunk, index, net, chunk.program)
+    if isinstance(chunk.program, StepProgram):
+        return _step_client(chunk, index, net, chunk.program)
+    return _run_client(chunk, index, net, chunk.program)
 
 
 def _schedule(chunk: Chunk, index: int, stream: Stream) -> list[Tensor]:
@@ -78,9 +86,14 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     return Trained(result, loss, len(schedule), rows, healthy, net.params)
 
 
+def _own_copy(params: Params) -> Params:
+    """A client's start that it may write to: BatchNorm updates its statistics in place."""
+    return {name: value.clone() for name, value in params.items()}
+
+
 def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) -> Trained:
     inputs = chunk.tasks[index].inputs
-    local = program.init(net, chunk.start(index), chunk.kept(index), inputs)
+    local = program.init(net, _own_copy(chunk.start(index)), chunk.kept(index), inputs)
     feeds = {
         name: (chunk.data(index, stream.part, net), _schedule(chunk, index, stream))
         for name, stream in program.streams.items()
@@ -91,10 +104,11 @@ def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) 
     for number in range(len(feeds[first][1])):
         given = {}
         for name, ((x, y), schedule) in feeds.items():
-            batch = (
-                schedule[number % len(schedule)] if schedule else torch.empty(0, dtype=torch.long)
-            )
-            given[name] = Batch(x[batch], y[batch], None)
+            if schedule:
+                batch = schedule[number % len(schedule)]
+                given[name] = Batch(x[batch], y[batch], None)
+            else:  # an empty weight, so that the batch's mean is 0 as under vmap, and not NaN
+                given[name] = Batch(x[:0], y[:0], torch.zeros(0, device=chunk.device))
         extra = {} if program.kind is None else {"kind": program.kind(number)}
         local, metrics = program.step(net, local, given, Noise(key + number), inputs, **extra)
         size = len(given[first].y)
@@ -115,7 +129,7 @@ def _run_client(chunk: Chunk, index: int, net: Resident, program: RunProgram) ->
 
     context = RunContext(
         supernet=chunk.net,
-        params=chunk.start(index),
+        params=_own_copy(chunk.start(index)),
         kept=chunk.kept(index),
         inputs=task.inputs,
         task=task,

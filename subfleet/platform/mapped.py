@@ -41,7 +41,7 @@ class _Feed:
 
     def __init__(self, chunk: Chunk, group: range, stream, net: Resident, *, cycle: int = 0):
         clients = [chunk.data(i, stream.part, net) for i in group]
-        longest = max(len(y) for _, y in clients)
+        longest = max(1, *(len(y) for _, y in clients))  # a padded batch points at row 0
         device = chunk.device
         self.x_KN = torch.stack([_extend(x, longest) for x, _ in clients])
         self.y_KN = torch.stack([_extend(y, longest) for _, y in clients])

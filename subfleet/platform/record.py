@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from subfleet.core.errors import InputError
-from subfleet.core.supernet import SuperNetwork
+from subfleet.core.supernet import SuperNetwork, has_dropout
 
 Way = Literal["loop", "vmap"]
 VERSION = 1
@@ -115,10 +115,11 @@ def choose(
 
     "auto" takes the loop on CPUs, where it wins on every network with
     convolutions, and vmap on a GPU, which small steps leave idle. Networks with
-    BatchNorm always loop: padded rows would enter their batch statistics.
+    BatchNorm always loop: padded rows would enter their batch statistics. So do
+    those with dropout, whose draws torch cannot map.
     """
     way: Way = "vmap" if (engine == "vmap" or (engine == "auto" and device != "cpu")) else "loop"
-    if net.statistics or way_forced == "loop":
+    if net.statistics or way_forced == "loop" or has_dropout(net.module(device="meta")):
         way = "loop"
     has_convolutions = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
     return Choice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from subfleet.core.algorithm import Params
-from subfleet.core.supernet import SuperNetwork
+from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
 from subfleet.platform import foreach
 from subfleet.platform.record import Choice
+
+TORCH_RANDOM = threading.RLock()
+"""Held while torch's own generator, one for the whole process, must not be disturbed."""
 
 
 class Resident:
@@ -26,14 +30,15 @@ class Resident:
     def __init__(self, net: SuperNetwork, map: IndexMap, choice: Choice):
         self.device = torch.device(choice.device)
         self.channels_last = choice.memory_format == "channels_last"
-        module = net.module(map).to(self.device)
+        with TORCH_RANDOM:
+            module = net.module(map).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module: nn.Module = module
         self.trainable = dict(module.named_parameters())
         self.statistics = dict(module.named_buffers())
         self.params: Params = {**self.trainable, **self.statistics}
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
+        self.has_dropout = has_dropout(module)
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits of a batch; shape [B, classes]."""

@@ -92,29 +92,27 @@ class Rounds:
             self._write_record()
             self._tell_start()
             reached = self._reached(metrics.read()[-1]) if self.done else False
-            while self.done < self.options.rounds and not reached:
+            late = False
+            while self.done < self.options.rounds and not reached and not late:
                 record, rows, coverage = self._round(self.done + 1)
                 clients.add(record["round"], rows)
                 metrics.append(record)
                 self.done = record["round"]
                 for observer in self.observers:
                     observer.on_round(record, coverage)
-                reached = self._reached(record) or self._out_of_time(started)
-                if self._checkpoint_due(last=reached):
+                reached, late = self._reached(record), self._out_of_time(started)
+                if self._checkpoint_due(last=reached or late):
                     clients.flush()
                     self._checkpoint()
-            return self._finish(metrics, finished=not self._out_of_time(started))
+            return self._finish(metrics, finished=reached or not late)
         finally:
             metrics.close()
             os.close(handle)
 
     def _out_of_time(self, started: float) -> bool:
         limit = self.options.max_seconds
-        return (
-            limit is not None
-            and perf_counter() - started > limit
-            and self.done < self.options.rounds
-        )
+        over = limit is not None and perf_counter() - started > limit
+        return over and self.done < self.options.rounds
 
     def _reached(self, record: Mapping[str, Any]) -> bool:
         target = self.options.target_accuracy
@@ -365,7 +363,9 @@ class Rounds:
         if wanted < len(pool):
             generator = seeds.generator(self.seed, "evaluation")
             pool = np.sort(generator.choice(pool, wanted, replace=False))
-        return pool, "all" if held else "test"
+        # A client that trains before it tests must not be tested on what it trained on.
+        adapts = self.algorithm.evaluation.prepare is not None
+        return pool, "all" if held and not adapts else "test"
 
     def _evaluate(self, round: int) -> Evaluated:
         with self.clock.phase("evaluate"):
