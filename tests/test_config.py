@@ -287,13 +287,3 @@ def test_keys_left_out_of_the_fingerprint_exist() -> None:
     for dotted in NOT_OF_THE_RESULT | WHEN_TO_STOP:
         table, key = dotted.split(".")
         assert key in type(getattr(experiment, table)).model_fields
-
-
-def test_bundles_follow_from_the_cohort_alone() -> None:
-    def size(cohort: int, hosts: int) -> int:
-        run = {"cohort": cohort, "hosts": hosts}
-        return Experiment(data=DATA, run=run).run.clients_per_bundle
-
-    assert [size(c, 0) for c in (1, 20, 100, 1000, 10**6)] == [1, 2, 7, 63, 64]
-    assert size(100, 1) == size(100, 5)
-    assert Experiment(data=DATA, run={"bundle_clients": 5}).run.clients_per_bundle == 5
