@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -48,11 +49,12 @@ class _Feed:
         schedules = [chunk.schedule(i, stream) for i in group]
         self.num_steps_K = [len(schedule) for schedule in schedules]
         if cycle:
-            schedules = [[s[i % len(s)] for i in range(cycle)] if s else [] for s in schedules]
+            nothing = [np.empty(0, np.int64)]
+            cycled = (schedule or nothing for schedule in schedules)
+            schedules = [[s[i % len(s)] for i in range(cycle)] for s in cycled]
         rows, weights = batches.padded(schedules)
         self.rows_KSB = torch.from_numpy(rows).to(device)
         self.weight_KSB = torch.from_numpy(weights).to(device)
-        self.full_S = (weights.all(axis=(0, 2))).tolist()
         self.which_K1 = torch.arange(len(group), device=device)[:, None]
 
     def at(self, step: int) -> Batch:
@@ -146,7 +148,10 @@ def _step_clients(
     inputs, keys = _inputs(chunk, group), _keys(chunk, group)
     own = [chunk.kept(i) for i in group]
     kept = _stack([_on(chunk, k) for k in own if k is not None]) if own[0] is not None else None
-    local = vmap(lambda p, k, i: program.init(net, p, k, i))(starts, kept, inputs)
+    init = vmap(
+        lambda p, k, i: program.init(net, p, k, i), in_dims=(0, None if kept is None else 0, 0)
+    )
+    local = init(starts, kept, inputs)
     names = list(program.streams)
     main = _Feed(chunk, group, program.streams[names[0]], net)
     num_steps = main.rows_KSB.shape[1]
