@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import sys
+import sysconfig
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.platform.executor import brief
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import Observer
 from subfleet.platform.runfolder import RunFolder
+
+ANSWER_S = 5.0  # how long a cluster may take to answer a knock
+ZIPPED_STDLIB = f"/python{sys.version_info.major}{sys.version_info.minor}.zip"
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+HTTP2_SETTINGS = 4  # type of a frame, its fourth byte
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,10 @@ def ray_session(address: str | None) -> Iterator[Any]:
     """Ray for the length of the block.
 
     Without an address Ray runs in this process, without a dashboard and with its
-    token authentication left on, and every process of it ends with the block.
+    token authentication left on, and every process of it ends with the block. A
+    SIGTERM unwinds the block too, then ends the process with status 143.
+
+    Raises `InputError` when nobody answers at the address.
     """
     # Before the import: Ray reads these when it is loaded.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -42,28 +55,97 @@ def ray_session(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    path = os.pathsep.join(p for p in (*sys.path, os.environ.get("PYTHONPATH", "")) if p)
-    options: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-        # The user's own modules are importable here; make them so on the hosts.
-        "runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    }
+    _check_address(address)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _connect(ray, address)
+        _on_sigterm(_exit_terminated)
+        yield ray
+    finally:
+        ray.shutdown()
+        _on_sigterm(before)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # The user's own modules are importable here; make them so on the hosts.
+    variables = {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
     try:
         if address is None:
-            ray.init(include_dashboard=False, **options)
+            # Handed down, not given as a runtime environment: that would leave the workers
+            # which Ray starts ahead unused, and cost two seconds.
+            with _environment(variables):
+                ray.init(address="local", include_dashboard=False, **options)
         else:
-            ray.init(address=address, **options)
+            ray.init(address=address, runtime_env={"env_vars": variables}, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"--address {address}" if address else "starting Ray"
         raise InputError(
             f"{where}: {error}; give the address of a running cluster, "
             "leave --address out to start Ray here, or use --local"
         ) from error
+
+
+def _python_path() -> str:
+    """The folders to import from, without Python's own and its packages."""
+    own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    own |= {f"{path}/lib-dynload" for path in own}
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = dict.fromkeys(path for path in (*sys.path, *given) if path and path not in own)
+    return os.pathsep.join(path for path in paths if not path.endswith(ZIPPED_STDLIB))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for what is started within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _exit_terminated(number: int, frame: Any) -> None:
+    del frame
+    sys.exit(128 + number)  # as shells have it
+
+
+def _on_sigterm(handler: Any) -> None:
+    """Ray sets a handler of its own; Python allows handlers in the main thread only."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _check_address(address: str | None) -> None:
+    """InputError when nobody answers at `host:port`; Ray itself would try for two minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or None
+    if address is None or address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if "/" in host or not colon or not port.isdecimal():
+        raise InputError(
+            f"--address {address}: is not of the form host:port, nor 'auto'; give the address "
+            "that `ray start` printed, on a machine of the cluster"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S) as probe:
+            probe.settimeout(ANSWER_S)
+            # Ray's servers speak HTTP/2, in which the server greets with a SETTINGS frame.
+            probe.sendall(HTTP2_GREETING)
+            answer = probe.recv(9)
+        if len(answer) < 4 or answer[3] != HTTP2_SETTINGS:
+            raise ConnectionError("what answers is not Ray")
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--address {address}: no Ray cluster answers there ({error}); check the address "
+            "that `ray start` printed, leave --address out to start Ray here, or use --local"
+        ) from error
 
 
 def placement(nodes: Sequence[dict[str, Any]], wanted_hosts: int, device: str) -> Placement:
@@ -129,10 +211,14 @@ def run_on_ray(
             cause = error.cause
             if isinstance(cause, InputError | RunFailed):
                 raise cause from None
-            raise RunFailed(f"the coordinator failed: {error}") from error
-        except ray.exceptions.RayActorError as error:
             raise RunFailed(
-                f"the coordinator's process died ({error}); the run folder holds the last "
+                f"the coordinator failed: {brief(error)}; run with --local --debug to see where"
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:
+                raise RunFailed(f"the coordinator cannot start: {brief(error)}") from error
+            raise RunFailed(
+                f"the coordinator's process died ({brief(error)}); the run folder holds the last "
                 "checkpoint: run the same command again with --resume"
             ) from error
         finally:

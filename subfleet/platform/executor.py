@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from time import monotonic, sleep
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ from subfleet.platform.retry import Decision, decide
 from subfleet.platform.worker import Worker
 
 IN_FLIGHT = 2  # bundles a host has at hand: one runs while the next one waits at its door
+ASK_AGAIN_S = 0.5  # between two questions to a host that does not answer
+PATIENCE_S = 120.0  # after which a run without a single host that answers has failed
 
 # What Ray hands out is read-only, and nothing here writes into a shared tree.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -87,13 +90,51 @@ class InlineExecutor:
             self._pool.shutdown(cancel_futures=True)
 
 
-class RayExecutor:
-    """Bundles on `ClientHost` actors: longest first, to whichever host is free."""
+class _Host:
+    """A host as the executor sees it: what it has at hand, and whether it answers."""
 
-    def __init__(self, hosts: Sequence[Any], device: str = "cpu"):
+    def __init__(self, actor: Any):
+        self.actor = actor
+        self.load = 0
+        # Until it answers a question it is taken for down: at the start, and after a loss.
+        self.silent_since: float | None = monotonic()
+        self.question: Any = None
+        self.ask_at = 0.0
+
+    def lost(self) -> None:
+        """Its process is gone; Ray starts another one, which takes seconds."""
+        if self.silent_since is None:
+            self.silent_since = monotonic()
+            self.ask_at = self.silent_since + ASK_AGAIN_S
+
+    def ask(self) -> None:
+        """Asks whether it is up, unless it has been asked or it is too early."""
+        if self.silent_since is not None and self.question is None and monotonic() >= self.ask_at:
+            self.question = self.actor.pid.remote()
+
+    def answered(self, up: bool) -> None:
+        """Takes the answer; one that is not up is asked again after a while."""
+        self.question = None
+        if up:
+            self.silent_since = None
+        else:
+            self.ask_at = monotonic() + ASK_AGAIN_S
+
+
+class RayExecutor:
+    """Bundles on `ClientHost` actors: longest first, to whichever host is free.
+
+    A host gets bundles only while it answers. Calls to one whose process died
+    fail, at once or after seconds, for as long as Ray restarts it; so the
+    bundles it had go to others, and it is asked from time to time, with a call
+    that costs nothing, whether it is up again.
+    """
+
+    def __init__(self, hosts: Sequence[Any], device: str = "cpu", patience_s: float = PATIENCE_S):
         self.device = device
         self.retries = 0
-        self._hosts = list(hosts)
+        self._hosts = [_Host(actor) for actor in hosts]
+        self._patience_s = patience_s
         self._puts: list[tuple[Params, Any]] = []  # trees put last, so that none is put twice
 
     def run(
@@ -107,38 +148,81 @@ class RayExecutor:
         refs = self._put([shared[version] for version in versions])
         waiting = deque(longest_first(bundles))
         attempts = {bundle.number: 0 for bundle in bundles}
-        flying: dict[Any, tuple[Bundle, int]] = {}
-        load = [0] * len(self._hosts)
+        flying: dict[Any, tuple[Bundle, _Host]] = {}
+        for host in self._hosts:
+            if host.silent_since is not None:  # patience counts from now, not from the last call
+                host.silent_since = monotonic()
         while waiting or flying:
-            while waiting and min(load) < IN_FLIGHT:
-                host = load.index(min(load))
+            while waiting and (host := self._free()) is not None:
                 bundle = waiting.popleft()
                 attempts[bundle.number] += 1
-                flying[self._hosts[host].run.remote(bundle, versions, *refs)] = (bundle, host)
-                load[host] += 1
-            done, _ = ray.wait(list(flying), num_returns=1)
-            for ref in done:
+                flying[host.actor.run.remote(bundle, versions, *refs)] = (bundle, host)
+                host.load += 1
+            for ref in self._ended(flying):
                 bundle, host = flying.pop(ref)
-                load[host] -= 1
+                host.load -= 1
                 try:
-                    yield ray.get(ref)
+                    result = ray.get(ref)
                 except RayError as error:
-                    self._again(bundle, error, attempts[bundle.number], waiting)
+                    self._again(bundle, host, error, attempts[bundle.number])
+                    waiting.appendleft(bundle)
+                else:
+                    yield result
 
-    def _again(self, bundle: Bundle, error: Exception, attempt: int, waiting: deque) -> None:
-        from ray.exceptions import ObjectLostError, RayActorError
+    def _free(self) -> _Host | None:
+        """The host that answers and has least at hand, if it can take one more bundle."""
+        up = [host for host in self._hosts if host.silent_since is None]
+        host = min(up, key=lambda host: host.load, default=None)
+        return host if host is not None and host.load < IN_FLIGHT else None
 
-        lost = isinstance(error, RayActorError | ObjectLostError)
+    def _ended(self, flying: Mapping[Any, Any]) -> list[Any]:
+        """Waits; the calls that have ended. Meanwhile silent hosts are looked after."""
+        import ray
+
+        for host in self._hosts:
+            host.ask()
+        asked = {host.question: host for host in self._hosts if host.question is not None}
+        silent = any(host.silent_since is not None for host in self._hosts)
+        calls = [*flying, *asked]
+        if not calls:
+            sleep(ASK_AGAIN_S)
+            return []
+        done, _ = ray.wait(calls, num_returns=1, timeout=ASK_AGAIN_S if silent else None)
+        for ref in done:
+            if ref in asked:
+                asked[ref].answered(_is_up(ref))
+        self._check_patience()
+        return [ref for ref in done if ref in flying]
+
+    def _check_patience(self) -> None:
+        """RunFailed when no host has answered for too long."""
+        since = [host.silent_since for host in self._hosts]
+        if None in since or monotonic() - max(s or 0.0 for s in since) < self._patience_s:
+            return
+        raise RunFailed(
+            f"none of the {len(since)} hosts has answered for {self._patience_s:g} s: their "
+            "processes die, or the cluster has no free cores or memory for them; look at "
+            "`ray status`, lower run.hosts, or use --local. The run folder holds the last "
+            "checkpoint: go on with --resume"
+        )
+
+    def _again(self, bundle: Bundle, host: _Host, error: Exception, attempt: int) -> None:
+        """Counts one more try of the bundle, or raises what ends the run."""
+        lost = _is_loss(error)
         if decide(host_lost=lost, attempt=attempt) is Decision.RETRY:
             self.retries += 1
-            waiting.appendleft(bundle)
+            host.lost()
             return
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, InputError | RunFailed):
-            raise cause
+        _raise_own(error)
+        what = f"round {bundle.round}: bundle {bundle.number} "
+        if lost:
+            raise RunFailed(
+                f"{what}was lost with its host {attempt} times; if memory runs out, lower "
+                "run.hosts or run.bundle_clients. The run folder holds the last checkpoint: "
+                f"go on with --resume ({brief(error)})"
+            ) from error
         raise RunFailed(
-            f"round {bundle.round}: bundle {bundle.number} failed on a host after {attempt} "
-            f"tries: {str(error).strip().splitlines()[-1]}; run with --local --debug to see where"
+            f"{what}failed on a host: {brief(error)}; run with --local --debug to see where"
         ) from error
 
     def _put(self, trees: list[Params]) -> list[Any]:
@@ -156,6 +240,56 @@ class RayExecutor:
     def close(self) -> None:
         """Forgets the trees; the hosts belong to whoever started them."""
         self._puts = []
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a process, a node or an object is gone, which is not our code's doing."""
+    from ray import exceptions
+
+    gone = (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+        exceptions.WorkerCrashedError,
+    )
+    return isinstance(error, gone)
+
+
+def _is_up(question: Any) -> bool:
+    """The answer of a host that was asked; raises when it can never start."""
+    import ray
+    from ray.exceptions import RayActorError, RayError
+
+    try:
+        ray.get(question)
+    except RayError as error:
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise RunFailed(f"a host cannot start: {brief(error)}") from error
+        if not _is_loss(error):
+            raise RunFailed(f"a host cannot be used: {brief(error)}") from error
+        return False
+    return True
+
+
+def _raise_own(error: Exception) -> None:
+    """Raises the error of ours that a host raised, if that is what it is."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, InputError | RunFailed):
+        raise cause
+
+
+def brief(error: BaseException) -> str:
+    r"""An error of Ray in one line: what was raised there, without where.
+
+    >>> brief(ValueError("Traceback\n  File x\nKeyError: 'fc'"))
+    "KeyError: 'fc'"
+    """
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def as_arrays(tree: Params) -> dict[str, np.ndarray]:
