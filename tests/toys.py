@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +33,13 @@ from subfleet.platform import loop, mapped
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.chunk import Chunk
 from subfleet.platform.engine import Work
+from subfleet.platform.executor import InlineExecutor
+from subfleet.platform.fleet import Fleet
+from subfleet.platform.job import Job, RunOptions
 from subfleet.platform.record import Choice, variant_name
 from subfleet.platform.resident import Resident
+from subfleet.platform.rounds import Rounds
+from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.worker import Worker
 
 FULL = IndexMap.full()
@@ -217,3 +223,54 @@ def distance(a: Params, b: Params) -> float:
     assert a.keys() == b.keys(), (sorted(a), sorted(b))
     scale = max(1.0, *(float(v.abs().max()) for v in b.values()))
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a) / scale
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def job(algorithm: Algorithm, data: InMemory, **options: Any) -> Job:
+    """A run of an algorithm in its own setting; `options` are those of `RunOptions`."""
+    given = algorithm.setting
+    options = {"rounds": given.rounds, "cohort": 4, "eval_every": 0} | options
+    return Job(
+        work=Work(given.net, algorithm, data.scale, given.seed),
+        federation=data,
+        fleet=Fleet(given.tiers, data.num_clients, given.seed),
+        options=RunOptions(**options),
+        config={},
+        fingerprint="toy",
+    )
+
+
+def run(
+    job: Job, path: Path, *, workers: int = 1, resume: bool = False, observers: tuple = ()
+) -> dict[str, Any]:
+    """Runs a job in its folder and returns the summary."""
+    folder = RunFolder.open(path, "toy") if resume else RunFolder.create(path, "", "toy")
+    executor = InlineExecutor(job.work, job.federation, "cpu", workers)
+    try:
+        return Rounds(job, executor, folder, observers).run()
+    finally:
+        executor.close()
+
+
+class Crash(Exception):
+    """What `StopAfter` raises."""
+
+
+class StopAfter:
+    """An observer that ends the run abruptly after a round, as a crash would."""
+
+    def __init__(self, round: int):
+        self.round = round
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
+        """Raises after its round."""
+        if record["round"] == self.round:
+            raise Crash
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Nothing to do."""
