@@ -61,8 +61,8 @@ def _root(
     del version
 
 
-def _consoles() -> Any:
-    """Progress and tables go to stderr: the last line of stdout is the run folder's path."""
+def _stderr() -> Any:
+    """Progress goes to stderr: the last line of stdout is the run folder's path."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -104,6 +104,7 @@ def run(
     if resume and out is None:
         raise InputError("--resume needs --out; name the folder of the run to continue")
     loaded = Experiment.load(experiment, overrides or ())
+    from subfleet.dashboards.console import print_end
     from subfleet.launch import launch
 
     finished = launch(
@@ -113,9 +114,9 @@ def run(
         local=local,
         address=address,
         engine_record=engine_record,
-        console=_consoles(),
+        progress=_stderr(),
     )
-    typer.echo(str(finished.path))
+    print_end(finished.tiers, finished.path)
 
 
 @app.command()
@@ -161,7 +162,7 @@ def sweep(
         local=local,
         address=address,
         as_json=as_json,
-        console=_consoles(),
+        console=_stderr(),
     )
 
 
@@ -176,7 +177,7 @@ def demo(
     """Train sub-networks on 1,000 synthetic clients in three tiers, in a few minutes."""
     from subfleet.demo import demo as run_demo
 
-    run_demo(out=out, console=_consoles())
+    run_demo(out=out, console=_stderr())
 
 
 def _one_place(local: bool, address: str | None) -> None:

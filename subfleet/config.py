@@ -230,23 +230,13 @@ class RunTable(Table):
         default="stop",
         description="say whether a client that turns NaN stops the run or is left out",
     )
+    # Bundles decide the order of the sums and with it the last bits: a number of the
+    # experiment, never of the hosts.
     bundle_clients: int = Field(
         default=0,
         ge=0,
         description="set how many average clients one bundle may cost; 0 is automatic",
     )
-
-    @property
-    def clients_per_bundle(self) -> int:
-        """`bundle_clients`, or a sixteenth of the cohort, at least 1 and at most 64.
-
-        It follows from the experiment alone, never from the number of hosts:
-        bundles decide the order of the sums and with it the last bits.
-
-        >>> RunTable(cohort=100).clients_per_bundle
-        7
-        """
-        return self.bundle_clients or max(1, min(64, -(-self.cohort // 16)))
 
 
 # What may differ between two runs that must give the same bits...
@@ -315,6 +305,17 @@ class Experiment(Table):
         tables = self.to_tables()
         for override in overrides:
             config_text.apply_override(tables, override)
+        return type(self)(**tables)
+
+    def with_values(self, values: Mapping[str, Any]) -> Experiment:
+        """A copy with dotted keys set to values.
+
+        >>> Experiment(data={"name": "femnist"}).with_values({"train.lr": 0.2}).train.lr
+        0.2
+        """
+        tables = self.to_tables()
+        for dotted, value in values.items():
+            config_text.set_key(tables, dotted.split("."), value)
         return type(self)(**tables)
 
     def to_tables(self) -> dict[str, Any]:

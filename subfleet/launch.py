@@ -21,7 +21,7 @@ from subfleet.core.algorithm import LocalRule, Params, Setting, Stream, TierSize
 from subfleet.core.budget import Tier, width_map
 from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork
-from subfleet.dashboards.console import ConsoleProgress, print_end
+from subfleet.dashboards.console import ConsoleProgress
 from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
@@ -129,7 +129,7 @@ def launch(
     local: bool = False,
     address: str | None = None,
     engine_record: str | os.PathLike | None = None,
-    console: Console | None = None,
+    progress: Console | None = None,
     observers: Sequence[Observer] = (),
 ) -> Run:
     """Runs an experiment to its end.
@@ -141,7 +141,7 @@ def launch(
         local: Run in this process, without Ray.
         address: A Ray cluster to use; Ray is started in this process otherwise.
         engine_record: An `engine.json` whose choices to replay.
-        console: Where progress and the final table go; silent without one.
+        progress: Where a live line of progress goes; silent without one.
         observers: Further watchers, called in the process that runs the rounds.
 
     Raises:
@@ -152,11 +152,12 @@ def launch(
     job = assemble(experiment, record)
     folder = _folder(experiment, out, resume)
     _write_tiers(folder, job)
-    progress = ConsoleProgress(experiment.run.rounds, console) if console is not None else None
+    line = ConsoleProgress(experiment.run.rounds, progress) if progress is not None else None
     watching = [TensorBoardWriter(folder.tensorboard), *observers]
     try:
         if local:
-            summary = _run_here(job, folder, experiment, [*watching, *_present(progress)])
+            here = watching if line is None else [*watching, line]
+            summary = _run_here(job, folder, experiment, here)
         else:
             from subfleet.cluster.start import run_on_ray
 
@@ -164,23 +165,15 @@ def launch(
                 job,
                 folder,
                 watching,
-                progress,
+                line,
                 address=address,
                 hosts=experiment.run.hosts,
                 device=experiment.run.device,
             )
     finally:
-        if progress is not None:
-            progress.close()
-    finished = Run(folder.path, summary)
-    if console is not None:
-        print_end(finished.tiers, f"run folder: {folder.path}", console)
-        console.print(f"watch: tensorboard --logdir {folder.path}", soft_wrap=True, markup=False)
-    return finished
-
-
-def _present(progress: ConsoleProgress | None) -> list[Observer]:
-    return [] if progress is None else [progress]
+        if line is not None:
+            line.close()
+    return Run(folder.path, summary)
 
 
 def _run_here(

@@ -1,0 +1,195 @@
+"""Sweeps: a grid of experiments and seeds, as resumable cells, with mean ± sd.
+
+A cell is one experiment with one seed. Its folder is named after what decides
+its result, so a finished cell is never run again, an interrupted one goes on
+from its checkpoint, and cells of several sweeps may share a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subfleet.config import Experiment
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.launch import Run, launch
+from subfleet.platform.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REPORTED = ("acc_global", "acc_local", "loss_global", "params_mean", "total_bytes_up")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a sweep, and what of the grid it stands for."""
+
+    label: str
+    settings: Mapping[str, Any]
+    experiment: Experiment
+    folder: Path
+
+    def done(self) -> Run | None:
+        """The finished run, None when there is none yet."""
+        if not (self.folder / "summary.json").exists():
+            return None
+        opened = RunFolder.open(self.folder, self.experiment.fingerprint(stops=False))
+        summary = opened.read_summary()
+        if summary is None or not summary["finished"]:
+            return None
+        return Run(self.folder, summary)
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """All points of a grid by label, the last axis fastest.
+
+    >>> list(grid_points({"train.lr": [0.1, 0.2], "algorithm.name": ["fedpa"]}))
+    ['lr=0.1, name=fedpa', 'lr=0.2, name=fedpa']
+    """
+    points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
+    return {
+        ", ".join(f"{key.split('.')[-1]}={value}" for key, value in point.items()) or "all": point
+        for point in points
+    }
+
+
+def cells(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    points: Mapping[str, Mapping[str, Any]],
+    out: Path,
+) -> list[Cell]:
+    """The cells of labelled settings, in their order, seeds innermost."""
+    found = []
+    for label, settings in points.items():
+        for seed in seeds:
+            one = experiment.with_values({**settings, "run.seed": seed})
+            name = f"{_slug(label)}-s{seed}-{one.fingerprint()[:10]}"
+            found.append(Cell(label, settings, one, out / name))
+    return found
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "=._" else "-" for c in label)[:60]
+
+
+def run_cells(
+    todo: Sequence[Cell],
+    *,
+    local: bool = False,
+    address: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Run]:
+    """Runs the cells that are not finished; returns every cell's run, in order.
+
+    After the first cell that really ran, says how long the rest will take.
+    """
+    runs: list[Run] = []
+    left = sum(cell.done() is None for cell in todo)
+    spent: list[float] = []
+    say(f"{len(todo)} cells, {len(todo) - left} finished before, {left} to run")
+    for number, cell in enumerate(todo, start=1):
+        run = cell.done()
+        if run is None:
+            guess = f", about {statistics.mean(spent) * left / 60:.0f} min left" if spent else ""
+            say(f"cell {number}/{len(todo)}: {cell.label}, seed {cell.experiment.run.seed}{guess}")
+            started = time.perf_counter()
+            resume = (cell.folder / "config.toml").exists()
+            run = launch(
+                cell.experiment, out=cell.folder, resume=resume, local=local, address=address
+            )
+            spent.append(time.perf_counter() - started)
+            left -= 1
+        runs.append(run)
+    return runs
+
+
+def table(todo: Sequence[Cell], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each point of the grid: its settings, seeds, and mean and sd of what it reached."""
+    rows = []
+    for label, group in itertools.groupby(
+        zip(todo, runs, strict=True), key=lambda pair: pair[0].label
+    ):
+        members = list(group)
+        row: dict[str, Any] = {"cell": label, **members[0][0].settings, "seeds": len(members)}
+        for key in REPORTED:
+            values = [run.summary[key] for _, run in members if run.summary.get(key) is not None]
+            if values:
+                row[key] = statistics.mean(values)
+                row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def plus_minus(row: Mapping[str, Any], key: str, form: str = ".3f") -> str:
+    """A mean and its standard deviation as text.
+
+    >>> plus_minus({"acc_global": 0.71, "acc_global_sd": 0.012}, "acc_global")
+    '0.710 ± 0.012'
+    """
+    if row.get(key) is None:
+        return "–"
+    sd = row.get(f"{key}_sd")
+    return f"{row[key]:{form}}" + (f" ± {sd:{form}}" if sd is not None else "")
+
+
+def sweep(
+    experiment: Experiment,
+    *,
+    seeds: Sequence[int],
+    grid: Mapping[str, Sequence[Any]],
+    out: str | os.PathLike | None = None,
+    local: bool = False,
+    address: str | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Runs a grid and prints its table; finished cells in `out` are not run again.
+
+    Without `out` the cells go to `cells/`. Raises what a cell raises; the cells
+    before it are kept, and the same command goes on where it stopped.
+    """
+    folder = Path(out) if out is not None else Path("cells")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; give a folder")
+    todo = cells(experiment, seeds, grid_points(grid), folder)
+
+    def say(text: str) -> None:
+        if console is not None:
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    try:
+        runs = run_cells(todo, local=local, address=address, say=say)
+    except RunFailed as error:
+        raise RunFailed(f"{error} (the finished cells in {folder} are kept)") from error
+    rows = table(todo, runs)
+    _show(rows, as_json)
+    return rows
+
+
+def _show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    from subfleet.cli_support import print_json, print_table
+
+    if as_json:
+        print_json(list(rows))
+        return
+    print_table(
+        [
+            {
+                "cell": row["cell"],
+                "seeds": row["seeds"],
+                "accuracy": plus_minus(row, "acc_global"),
+                "local accuracy": plus_minus(row, "acc_local"),
+                "parameters": round(row["params_mean"]),
+                "MB up": round(row["total_bytes_up"] / 1e6, 1),
+            }
+            for row in rows
+        ]
+    )
