@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from subfleet.algorithms.local import IndexedAveraging
 from subfleet.core.algorithm import ClientTask, LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
@@ -89,3 +90,52 @@ def indexed_mean(
         mean = np.where(den > 0, num / np.where(den > 0, den, 1.0), value.double().numpy())
         new[name] = torch.from_numpy(mean).to(value.dtype)
     return new
+
+
+def federated(
+    algorithm: IndexedAveraging, data: Federation, cohorts: dict[int, list[tuple[int, int]]]
+) -> tuple[Params, dict[int, Params]]:
+    """All rounds of indexed averaging, client by client.
+
+    `cohorts[round]` are pairs of client and tier. Returns the server's parameters and
+    the BatchNorm statistics that each client kept.
+    """
+    given, local = algorithm.setting, algorithm.local_statistics
+    net = given.net
+    params = net.init(given.seed)
+    if local:
+        params = {n: v for n, v in params.items() if n not in net.statistics}
+    own: dict[int, Params] = {}
+    for round in sorted(cohorts):
+        results = []
+        for client, tier in cohorts[round]:
+            map = algorithm.map_of(tier, round)
+            start = cut(net, params, map)
+            if local:
+                start |= own.get(client) or _fresh(net, map)
+            samples = int(data.sizes(np.array([client]), "train")[0])
+            trained, _ = train_client(
+                net,
+                start,
+                map,
+                data,
+                client,
+                given.rule,
+                given.stream,
+                seed=given.seed,
+                round=round,
+            )
+            if local:
+                own[client] = {n: trained.pop(n) for n in net.statistics}
+            results.append((ClientTask(client, map, (), float(samples), samples, tier), trained))
+        params = indexed_mean(net, params, results)
+    return params, own
+
+
+def _fresh(net: SuperNetwork, map: IndexMap) -> Params:
+    state = net.module(map).state_dict()
+    return {
+        n: torch.ones_like(v) if "var" in n else torch.zeros_like(v)
+        for n, v in state.items()
+        if n in net.statistics
+    }

@@ -15,11 +15,13 @@ from subfleet.core.algorithm import (
     Algorithm,
     ClientProgram,
     ClientTask,
+    Cohort,
     Evaluation,
     LocalRule,
     Params,
     Phase,
     Setting,
+    State,
     Stream,
     TierSize,
 )
@@ -223,6 +225,38 @@ def distance(a: Params, b: Params) -> float:
     assert a.keys() == b.keys(), (sorted(a), sorted(b))
     scale = max(1.0, *(float(v.abs().max()) for v in b.values()))
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a) / scale
+
+
+def one_round(
+    algorithm: Algorithm,
+    data: InMemory,
+    state: State,
+    ids: list[int],
+    tiers: list[int] | None = None,
+    *,
+    round: int = 1,
+    way: Literal["loop", "vmap"] = "loop",
+) -> tuple[State, BundleResult]:
+    """Plan, one bundle with everybody, server step: the next state and what the bundle returned."""
+    clients = np.array(ids)
+    cohort = Cohort(
+        id=clients,
+        num_samples=data.sizes(clients, "train"),
+        tier=np.array(tiers or [0] * len(ids), np.int16),
+        label_counts=data.label_counts(clients),
+        last_round=np.full(len(ids), -1, np.int32),
+        report=[None] * len(ids),
+    )
+    plan = algorithm.plan(state, cohort, round)
+    worker = Worker(
+        Work(algorithm.setting.net, algorithm, 1.0, algorithm.setting.seed), data, "cpu"
+    )
+    tasks = sorted(plan.tasks, key=lambda t: variant_name(t.variant))
+    bundle = TrainBundle(0, round, tuple(tasks), choices(tasks, way), 1.0)
+    result = worker.run(bundle, plan.shared)
+    reduced = result.update if result.update is not None else result.collected
+    assert reduced is not None
+    return algorithm.server_step(state, plan, reduced), result
 
 
 # --- whole runs ----------------------------------------------------------------------------------

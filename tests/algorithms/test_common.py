@@ -1,0 +1,239 @@
+"""One battery for every algorithm in the registry: a new one is tested by being there."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import reference
+import torch
+import toys
+
+from subfleet import registry
+from subfleet.algorithms.local import IndexedAveraging
+from subfleet.core.algorithm import LocalRule, Stream
+from subfleet.datasets.vectors import SyntheticVectors
+from subfleet.platform.executor import InlineExecutor
+from subfleet.platform.metrics import ClientsLog, read_metrics
+from subfleet.platform.rounds import Rounds
+from subfleet.platform.runfolder import RunFolder
+
+NAMES = sorted(registry.algorithms())
+DENSE = [n for n in NAMES if issubclass(registry.algorithms()[n], IndexedAveraging)]
+NETS = {"plain": False, "norm": True}
+SIZES = [12, 3, 20, 9, 15, 1, 11, 2, 14, 6, 30, 4, 8, 5, 10]  # 12 train, 3 are held out
+WIDTHS = (1.0, 0.5, 0.25)
+
+each_algorithm = pytest.mark.parametrize("name", NAMES)
+each_net = pytest.mark.parametrize("net", NETS)
+
+
+def data():
+    return toys.federation(SIZES, (6,), 3, seed=1)
+
+
+def algorithm(name, net="plain", *, rounds=4, **options):
+    rule = options.pop("rule", LocalRule(lr=0.1, momentum=0.5))
+    setting = toys.setting(
+        toys.mlp(norm=NETS[net]), WIDTHS, rule, Stream(batch=4, epochs=2), seed=3, rounds=rounds
+    )
+    return registry.algorithms()[name](setting, **options)
+
+
+def job(name, net="plain", *, rounds=4, **options):
+    return toys.job(algorithm(name, net, rounds=rounds), data(), **{"cohort": 7} | options)
+
+
+def final(path):
+    return RunFolder(path, "").read_final()
+
+
+def rows(path):
+    """The client rows without what the clock says; NaN as None, so that rows can be compared."""
+    table = ClientsLog(path / "clients").read().to_pydict()
+    return {
+        name: [value if value == value else None for value in values]
+        for name, values in table.items()
+        if name != "seconds"
+    }
+
+
+@each_algorithm
+def test_side_by_side_equals_one_by_one(name, tmp_path):
+    for way in ("loop", "vmap"):
+        toys.run(job(name, engine=way), tmp_path / way)
+        ways = json.loads((tmp_path / way / "engine.json").read_text())["choices"]
+        assert {choice["way"] for choice in ways} <= {way, "loop"}
+    assert toys.distance(final(tmp_path / "vmap"), final(tmp_path / "loop")) < 1e-5
+
+
+@each_algorithm
+@each_net
+def test_the_same_bits_for_any_number_of_workers(name, net, tmp_path):
+    digests = {
+        toys.run(job(name, net, bundle_clients=2), tmp_path / str(workers), workers=workers)[
+            "params_sha256"
+        ]
+        for workers in (1, 2, 3)
+    }
+    assert len(digests) == 1
+    assert rows(tmp_path / "1") == rows(tmp_path / "3")
+
+
+@each_algorithm
+@each_net
+def test_another_cut_into_bundles_changes_rounding_only(name, net, tmp_path):
+    for clients in (1, 3, 100):
+        toys.run(job(name, net, bundle_clients=clients), tmp_path / str(clients))
+    for a, b in pairwise(("1", "3", "100")):
+        assert toys.distance(final(tmp_path / a), final(tmp_path / b)) < 1e-5
+
+
+@each_algorithm
+@each_net
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_crash_and_a_resume_equal_an_uninterrupted_run(name, net, stop, tmp_path):
+    """Checkpoints come every second round: after round 1 there is none, after 3 one is lost."""
+    options = {"checkpoint_every": 2, "eval_every": 2, "rounds": 5}
+    whole = toys.run(job(name, net, **options), tmp_path / "whole")
+    with pytest.raises(toys.Crash):
+        toys.run(job(name, net, **options), tmp_path / "run", observers=(toys.StopAfter(stop),))
+    resumed = toys.run(job(name, net, **options), tmp_path / "run", resume=True)
+    assert resumed["params_sha256"] == whole["params_sha256"]
+    records = {k: list(read_metrics(tmp_path / k / "metrics.jsonl")) for k in ("whole", "run")}
+    assert [r["round"] for r in records["run"]] == [1, 2, 3, 4, 5]
+    for a, b in zip(records["whole"], records["run"], strict=True):
+        timed = ("seconds", "clients_per_s")
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+    table = rows(tmp_path / "run")
+    assert table == rows(tmp_path / "whole")
+    pairs = list(zip(table["round"], table["client"], strict=True))
+    assert len(set(pairs)) == len(pairs) == 5 * 7
+
+
+@each_algorithm
+@each_net
+def test_a_longer_run_begins_like_a_shorter_one(name, net, tmp_path):
+    toys.run(job(name, net, rounds=2), tmp_path / "run")
+    longer = toys.run(job(name, net, rounds=4), tmp_path / "run", resume=True)
+    whole = toys.run(job(name, net, rounds=4), tmp_path / "whole")
+    assert longer["params_sha256"] == whole["params_sha256"]
+
+
+@each_algorithm
+@each_net
+def test_parameters_keep_names_shapes_and_dtypes(name, net, tmp_path):
+    made = algorithm(name, net)
+    start = made.model(made.init(made.setting.net.init(3)))
+    toys.run(toys.job(made, data()), tmp_path / "run")
+    end = final(tmp_path / "run")
+    assert {n: (v.shape, v.dtype) for n, v in end.items()} == {
+        n: (v.shape, v.dtype) for n, v in start.items()
+    }
+    assert not toys.same_bits(start, end)
+
+
+@each_algorithm
+def test_wide_parameters_stay_wide(name):
+    made = algorithm(name)
+    wide = {n: v.double() for n, v in made.setting.net.init(3).items()}
+    state, _ = toys.one_round(made, data(), made.init(wide), [0, 2, 4], [0, 1, 2])
+    assert {v.dtype for v in made.model(state).values()} == {torch.float64}
+
+
+@each_algorithm
+@each_net
+def test_a_toy_is_learned(name, net, tmp_path):
+    toys.run(job(name, net, rounds=10, eval_every=1, cohort=12), tmp_path / "run")
+    records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert records[-1]["loss_train"] < 0.8 * records[0]["loss_train"]
+    assert records[-1]["loss_global"] < records[0]["loss_global"]
+    assert sorted(records[-1]["acc_tier"]) == sorted(f"w{w}" for w in WIDTHS)
+
+
+@each_algorithm
+def test_many_clients_drawn_on_the_fly(name, tmp_path):
+    made = algorithm(name, rounds=6, rule=LocalRule(lr=0.2))
+    vectors = SyntheticVectors(5_000, seed=1, samples=15, dim=6, num_classes=3, signal=1.5)
+    toys.run(toys.job(made, vectors, cohort=30, eval_clients=40, eval_every=1), tmp_path / "run")  # type: ignore
+    records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert records[-1]["loss_train"] < records[0]["loss_train"]
+    assert {r["clients"] for r in records} == {30} and {r["samples"] for r in records} == {30 * 12}
+
+
+@each_algorithm
+def test_the_cohort_sees_its_own_plan(name):
+    """Tasks name each client once, in any order, with maps that fit the network."""
+    run = Rounds(job(name), InlineExecutor(job(name).work, data()), None)  # type: ignore
+    made = run.algorithm
+    state = made.init(run.net.init(3))
+    cohort = run._cohort(made.phase(1), 1)
+    plan = made.plan(state, cohort, 1)
+    assert sorted(t.client for t in plan.tasks) == cohort.id.tolist()
+    for task in plan.tasks:
+        run.net.space.validate(task.map)
+        assert task.shared in plan.shared and task.weight >= 0
+    assert set(made.views(state)) == {"global"} | {f"w{w}" for w in WIDTHS}
+
+
+# --- what indexed averaging has in common --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DENSE)
+@each_net
+def test_rounds_equal_the_plain_way(name, net, tmp_path):
+    run = job(name, net, cohort=7)
+    toys.run(run, tmp_path / "run")
+    table = rows(tmp_path / "run")
+    cohorts: dict[int, list[tuple[int, int]]] = {}
+    for round, client in zip(table["round"], table["client"], strict=True):
+        cohorts.setdefault(round, []).append((client, int(run.fleet.tier_of[client])))
+    expected, _ = reference.federated(run.work.algorithm, data(), cohorts)
+    assert toys.distance(final(tmp_path / "run"), expected) < 1e-5
+
+
+def entries(a, b, *, norm, statistics):
+    """Numbers in an MLP 6-a-b-3: weights and biases; scales and shifts; means and variances."""
+    plain = (6 * a + a) + (a * b + b) + (b * 3 + 3)
+    return plain + norm * 2 * (a + b) + norm * statistics * 2 * (a + b)
+
+
+def map_bytes(fc0, fc1):
+    """Nothing for all, 2 bytes a group for first units, else a bit for each of the 12 units."""
+    if (len(fc0), len(fc1)) == (8, 4):
+        return 0
+    prefix = list(fc0) == list(range(len(fc0))) and list(fc1) == list(range(len(fc1)))
+    return 2 * 2 if prefix else 2
+
+
+@pytest.mark.parametrize("name", DENSE)
+@each_net
+def test_bytes_and_coverage_follow_from_the_maps(name, net, tmp_path):
+    run = job(name, net)
+    toys.run(run, tmp_path / "run")
+    made, table = run.work.algorithm, rows(tmp_path / "run")
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        up = down = maps = 0
+        seen = {"fc0": np.zeros(8, int), "fc1": np.zeros(4, int)}
+        for i, round in enumerate(table["round"]):
+            if round != record["round"]:
+                continue
+            map = made.map_of(int(run.fleet.tier_of[table["client"][i]]), round)
+            kept = {g: map.kept.get(g, np.arange(len(seen[g]))) for g in seen}
+            for group, units in kept.items():
+                seen[group][units] += 1
+            numbers = entries(
+                len(kept["fc0"]),
+                len(kept["fc1"]),
+                norm=NETS[net],
+                statistics=not made.local_statistics,
+            )
+            words = map_bytes(**kept)
+            assert table["bytes_up"][i] == table["bytes_down"][i] == 4 * numbers + words
+            up, down, maps = up + 4 * numbers + words, down + 4 * numbers + words, maps + 2 * words
+        assert (record["bytes_up"], record["bytes_down"], record["bytes_map"]) == (up, down, maps)
+        assert record["coverage_min"] == min(int(c.min()) for c in seen.values())
