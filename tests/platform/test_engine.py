@@ -23,7 +23,8 @@ from subfleet.core.algorithm import (
 )
 from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap
-from subfleet.models import chain
+from subfleet.datasets.synthetic import SyntheticFemnist
+from subfleet.models import chain, small_cnn
 from subfleet.platform.engine import Work
 from subfleet.platform.worker import Worker
 
@@ -88,6 +89,33 @@ def test_side_by_side_equals_the_loop(rule):
             assert toys.distance(a, b) < 1e-5
             assert loss_a == pytest.approx(loss_b, rel=1e-4) and steps_a == steps_b
     assert not toys.same_bits(looped[0][0], looped[2][0])
+
+
+@pytest.mark.parametrize("way", ["loop", "vmap"])
+def test_stored_pixels_are_scaled_on_the_device(way):
+    data = SyntheticFemnist(40, seed=2, mean_samples=15)
+    net = small_cnn(channels=(2, 3), hidden=8)
+    algorithm = toys.OneProgram(toys.setting(net), loss_program(stream=Stream(batch=8)))
+    worker = Worker(Work(net, algorithm, data.scale, 0), data, "cpu")
+    shared, tasks = net.init(0), mapped_tasks(net, [3, 17, 39])
+    result = toys.run_bundle(algorithm, tasks, data, shared, way, worker=worker)  # type: ignore
+    trained = []
+    for task in tasks:
+        params, loss = reference.train_client(
+            net,
+            shared,
+            toys.FULL,
+            data,
+            task.client,
+            RULES["sgd"],
+            Stream(batch=8),
+            seed=0,
+            round=1,
+        )
+        trained.append((task, params))
+        assert result.table["loss"][len(trained) - 1] == pytest.approx(loss, rel=1e-4)
+    expected = reference.indexed_mean(net, shared, trained)
+    assert toys.distance(aggregate.finish(result.update, net.space, shared), expected) < 1e-5
 
 
 def test_a_finished_client_keeps_every_bit_while_others_go_on():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from torch import nn
 
 from subfleet.algorithms import FedAvg, FedPA
 from subfleet.algorithms.local import cross_entropy
@@ -22,6 +23,7 @@ from subfleet.core.algorithm import (
 )
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets.federation import split_clients
+from subfleet.models import chain
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
 from subfleet.platform.rounds import Rounds
@@ -246,6 +248,20 @@ def test_a_phase_for_a_tier_that_no_training_client_has_is_refused(tmp_path):
     job = toys.job(Nobody(replace(setting, tiers=tiers)), data())
     with pytest.raises(InputError, match=r"no training client is in the tiers w0\.5"):
         toys.run(job, tmp_path / "run")
+
+
+def test_dropout_draws_do_not_depend_on_the_number_of_workers(tmp_path):
+    """torch's own generator is one for all threads."""
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)]
+    net = chain("dropping", layers, (6,))
+    algorithm = FedPA(toys.setting(net, (1.0, 0.5), rounds=3))
+    job = toys.job(algorithm, data(), cohort=8, bundle_clients=1, engine="vmap")
+    digests = [
+        toys.run(job, tmp_path / f"{workers}-{again}", workers=workers)["params_sha256"]
+        for workers in (1, 3)
+        for again in range(2)
+    ]
+    assert len(set(digests)) == 1
 
 
 @dataclass(frozen=True)
