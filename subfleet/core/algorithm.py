@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from subfleet.core import seeds
@@ -167,11 +168,12 @@ class Batch(NamedTuple):
 class Noise(NamedTuple):
     """Counter-based randomness of one step: equal under loop, vmap, compile and CUDA."""
 
-    key: Tensor  # int64 scalar
+    key: Tensor | int  # an int64 scalar tensor where clients are mapped
+    device: torch.device | None = None
 
     def uniform(self, shape: tuple[int, ...], salt: int = 0) -> Tensor:
         """Numbers in (0, 1) of the given shape."""
-        return seeds.uniform(self.key, shape, salt=salt)
+        return seeds.uniform(torch.as_tensor(self.key, device=self.device), shape, salt=salt)
 
 
 class Net(Protocol):

@@ -12,6 +12,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -20,6 +21,18 @@ _MASK = 0xFFFFFFFF
 def _words(seed: int, round: int, client: int, purpose: str) -> np.ndarray:
     text = f"{seed}/{round}/{client}/{purpose}".encode()
     return np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype=np.uint64)
+
+
+class _Key(ISeedSequence):
+    """Hands Philox its key. Given `key=` instead, it would ask the system for entropy first."""
+
+    def __init__(self, words: np.ndarray):
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        """Philox asks for two words of 64 bits."""
+        assert n_words == 2 and dtype is np.uint64
+        return self._words
 
 
 def generator(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> np.random.Generator:
@@ -31,7 +44,7 @@ def generator(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> n
     >>> a == generator(7, "batches", round=4, client=12).random()
     False
     """
-    return np.random.Generator(np.random.Philox(key=_words(seed, round, client, purpose)))
+    return np.random.Generator(np.random.Philox(_Key(_words(seed, round, client, purpose))))
 
 
 def key(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> int:

@@ -6,6 +6,7 @@ place and gradients applied by foreach kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +25,7 @@ from subfleet.core.algorithm import (
     StepProgram,
     Stream,
 )
-from subfleet.platform import rule
+from subfleet.platform import kernels, rule
 from subfleet.platform.chunk import Chunk, Trained
 from subfleet.platform.resident import TORCH_RANDOM, Resident, finite
 
@@ -50,6 +51,34 @@ def _client(chunk: Chunk, index: int, net: Resident) -> Trained:
     return _run_client(chunk, index, net, chunk.program)
 
 
+def _batches(x: Tensor, y: Tensor, schedule: list[np.ndarray]) -> Iterator[Batch]:
+    """The batches of a schedule; rows are gathered a pass at a time and then cut as views."""
+    step = 0
+    while step < len(schedule):
+        group = [schedule[step]]
+        size = len(group[0])
+        while step + len(group) < len(schedule):
+            more = schedule[step + len(group)]
+            if size + len(more) > len(y):
+                break
+            group.append(more)
+            size += len(more)
+        rows = torch.from_numpy(np.concatenate(group)).to(y.device)
+        sizes = [len(batch) for batch in group]
+        parts = zip(x[rows].split(sizes), y[rows].split(sizes), strict=True)
+        yield from (Batch(x_B, y_B, None) for x_B, y_B in parts)
+        step += len(group)
+
+
+def _mean(losses: list[Tensor], schedule: list[np.ndarray]) -> float:
+    """The mean loss over all rows seen, NaN when there were none."""
+    if not losses:
+        return float("nan")
+    rows = sum(map(len, schedule))
+    values = torch.stack(losses).tolist()
+    return sum(v * len(batch) for v, batch in zip(values, schedule, strict=True)) / rows
+
+
 def _schedule(chunk: Chunk, index: int, stream: Stream) -> list[Tensor]:
     rows = chunk.schedule(index, stream)
     return [torch.from_numpy(batch).to(chunk.device) for batch in rows]
@@ -59,30 +88,30 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     start = chunk.start(index)
     net.load(start)
     inputs = chunk.tasks[index].inputs
-    weights = list(net.trainable.values())
+    weights = tuple(net.trainable.values())
     velocity = [torch.zeros_like(w) for w in weights] if program.rule.momentum else None
     anchor = [w.detach().clone() for w in weights] if program.rule.proximal else None
+    schedule = chunk.schedule(index, program.stream)
     x, y = chunk.data(index, program.stream.part, net)
-    schedule = _schedule(chunk, index, program.stream)
-    key = torch.tensor(chunk.noise_key(index), device=chunk.device)
-    total, rows = torch.zeros((), device=chunk.device), 0
-    for number, batch in enumerate(schedule):
-        loss, _ = program.loss(
-            net, net.params, Batch(x[batch], y[batch], None), Noise(key + number), inputs
-        )
-        grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    one = torch.ones((), device=chunk.device)
+    key = chunk.noise_key(index)
+    losses = []
+    for number, batch in enumerate(_batches(x, y, schedule)):
+        noise = Noise(key + number, chunk.device)
+        loss, _ = program.loss(net, net.params, batch, noise, inputs)
+        grads = kernels.gradients(loss, weights, one)
         with torch.no_grad():
-            rule.step(program.rule, weights, list(grads), velocity, anchor)
-            total.add_(loss.detach(), alpha=len(batch))
-        rows += len(batch)
+            rule.step(program.rule, weights, grads, velocity, anchor)
+        losses.append(loss.detach())
     with torch.no_grad():
         trained = {name: value.detach() for name, value in net.params.items()}
         if program.finish is None:
             result = ClientResult(trained)
         else:
             result = program.finish(start, trained, chunk.kept(index), inputs)
-        loss = float(total) / rows if rows else float("nan")
-        healthy = (rows == 0 or np.isfinite(loss)) and finite(weights)
+        rows = sum(map(len, schedule))
+        loss = _mean(losses, schedule)
+        healthy = (rows == 0 or math.isfinite(loss)) and finite(weights)
     return Trained(result, loss, len(schedule), rows, healthy, net.params)
 
 
@@ -99,7 +128,7 @@ def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) 
         for name, stream in program.streams.items()
     }
     first = next(iter(feeds))
-    key = torch.tensor(chunk.noise_key(index), device=chunk.device)
+    key = chunk.noise_key(index)
     total, rows = torch.zeros((), device=chunk.device), 0
     for number in range(len(feeds[first][1])):
         given = {}
@@ -110,7 +139,9 @@ def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) 
             else:  # an empty weight, so that the batch's mean is 0 as under vmap, and not NaN
                 given[name] = Batch(x[:0], y[:0], torch.zeros(0, device=chunk.device))
         extra = {} if program.kind is None else {"kind": program.kind(number)}
-        local, metrics = program.step(net, local, given, Noise(key + number), inputs, **extra)
+        local, metrics = program.step(
+            net, local, given, Noise(key + number, chunk.device), inputs, **extra
+        )
         size = len(given[first].y)
         if "loss" in metrics:
             total = total + metrics["loss"].detach() * size

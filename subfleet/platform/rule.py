@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subfleet.core.algorithm import LocalRule
-from subfleet.platform import foreach
+from subfleet.platform import kernels
 
 
 def step(
@@ -29,22 +29,22 @@ def step(
     if rule.clip_norm is not None:
         grads = clipped(grads, rule.clip_norm, clients=clients)
     if rule.weight_decay:
-        grads = foreach.add(grads, params, alpha=rule.weight_decay)
+        grads = kernels.add(grads, params, alpha=rule.weight_decay)
     if start is not None:
-        away = foreach.sub(params, start)
-        grads = foreach.add(grads, away, alpha=rule.proximal)
+        away = kernels.sub(params, start)
+        grads = kernels.add(grads, away, alpha=rule.proximal)
     if velocity is not None:
-        foreach.mul_(velocity, rule.momentum)
-        foreach.add_(velocity, grads)
+        kernels.mul_(velocity, rule.momentum)
+        kernels.add_(velocity, grads)
         grads = velocity
-    foreach.add_(params, grads, alpha=-rule.lr)
+    kernels.add_(params, grads, alpha=-rule.lr)
 
 
 def clipped(grads: Sequence[Tensor], bound: float, *, clients: bool = False) -> Sequence[Tensor]:
     """Gradients scaled so that their joint norm is at most `bound`, for each client."""
     if not clients:
-        norm = torch.linalg.vector_norm(torch.stack(list(foreach.norm(grads))))
-        return foreach.mul(grads, (bound / (norm + 1e-6)).clamp(max=1.0))
+        norm = torch.linalg.vector_norm(torch.stack(list(kernels.norm(grads))))
+        return kernels.mul(grads, (bound / (norm + 1e-6)).clamp(max=1.0))
     squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)  # [K]
     factor = (bound / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     return [grad * factor.view(-1, *[1] * (grad.dim() - 1)) for grad in grads]
