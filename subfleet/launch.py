@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -150,6 +151,7 @@ def launch(
     """
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
     job = assemble(experiment, record)
+    device = local_device(experiment.run.device) if local else experiment.run.device
     folder = _folder(experiment, out, resume)
     _write_tiers(folder, job)
     line = ConsoleProgress(experiment.run.rounds, progress) if progress is not None else None
@@ -157,7 +159,7 @@ def launch(
     try:
         if local:
             here = watching if line is None else [*watching, line]
-            summary = _run_here(job, folder, experiment, here)
+            summary = _run_here(job, folder, device, max(1, experiment.run.hosts), here)
         else:
             from subfleet.cluster.start import run_on_ray
 
@@ -168,8 +170,13 @@ def launch(
                 line,
                 address=address,
                 hosts=experiment.run.hosts,
-                device=experiment.run.device,
+                device=device,
             )
+    except InputError:
+        # Wrong before anything ran: leave nothing that would be in the way of the next try.
+        if not resume and not (folder.metrics.exists() and folder.metrics.stat().st_size):
+            shutil.rmtree(folder.path)
+        raise
     finally:
         if line is not None:
             line.close()
@@ -177,10 +184,9 @@ def launch(
 
 
 def _run_here(
-    job: Job, folder: RunFolder, experiment: Experiment, observers: Sequence[Observer]
+    job: Job, folder: RunFolder, device: str, workers: int, observers: Sequence[Observer]
 ) -> dict[str, Any]:
-    device = local_device(experiment.run.device)
-    executor = InlineExecutor(job.work, job.federation, device, max(1, experiment.run.hosts))
+    executor = InlineExecutor(job.work, job.federation, device, workers)
     try:
         return Rounds(job, executor, folder, observers).run()
     finally:

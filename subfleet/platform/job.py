@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from subfleet.datasets.federation import Federation
+from subfleet.core.errors import InputError
+from subfleet.datasets.federation import Federation, split_clients
 from subfleet.platform.engine import Work
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.record import EngineRecord
@@ -39,3 +40,12 @@ class Job:
     config: dict[str, Any]
     fingerprint: str
     record: EngineRecord = field(default_factory=EngineRecord)
+
+    def __post_init__(self) -> None:
+        training = len(split_clients(self.work.seed, self.federation.num_clients)[0])
+        if self.options.cohort > training:
+            raise InputError(
+                f"run.cohort={self.options.cohort} is more than the {training} clients that train "
+                f"(of {self.federation.num_clients}, a fifth is held out to measure); "
+                f"set it to at most {training}"
+            )

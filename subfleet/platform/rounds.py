@@ -60,12 +60,6 @@ class Rounds:
         self.seed = job.work.seed
         self.options = job.options
         self.train_ids, self.held_out = split_clients(self.seed, job.federation.num_clients)
-        if self.options.cohort > len(self.train_ids):
-            raise InputError(
-                f"run.cohort={self.options.cohort} is more than the {len(self.train_ids)} clients "
-                f"that train (of {job.federation.num_clients}, a fifth is held out to measure); "
-                f"set it to at most {len(self.train_ids)}"
-            )
         self.clock = PhaseClock()
         self.kept: KeptStore
         self.record = job.record

@@ -1,0 +1,252 @@
+"""Whole runs in this process: what they leave behind, and what bad input ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import subfleet
+from subfleet.cli import app
+from subfleet.config import Experiment
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.launch import assemble, launch
+
+TIERS = [
+    {"name": "high", "share": 0.5, "width": 1.0},
+    {"name": "low", "share": 0.5, "width": 0.5},
+]
+
+
+def tables(**changes: Any) -> dict[str, Any]:
+    """A tiny experiment; `changes` are dotted keys with __ for the dot."""
+    experiment = Experiment(
+        data={"name": "synthetic_femnist", "clients": 20, "mean_samples": 12.0},
+        model={"name": "small_cnn", "channels": [2, 4], "hidden": 8},
+        fleet={"tiers": TIERS},
+        algorithm={"name": "fedpa"},
+        run={"rounds": 4, "cohort": 4, "eval_every": 2, "checkpoint_every": 2},
+    )
+    return experiment.with_values({k.replace("__", "."): v for k, v in changes.items()}).to_tables()
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "experiment.toml"
+    path.write_text(Experiment(**tables(**changes)).to_toml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> subfleet.Run:
+    folder = tmp_path_factory.mktemp("finished")
+    return launch(Experiment(**tables()), out=folder / "run", local=True)
+
+
+def test_a_run_folder_holds_everything(finished: subfleet.Run) -> None:
+    names = {path.name for path in finished.path.iterdir()}
+    assert names >= {
+        "config.toml",
+        "environment.json",
+        "engine.json",
+        "metrics.jsonl",
+        "clients",
+        "summary.json",
+        "final.safetensors",
+        "checkpoints",
+        "tb",
+    }
+    assert [record["round"] for record in finished.metrics] == [1, 2, 3, 4]
+    assert finished.clients().num_rows == 16
+    assert set(finished.params()) == {f"{n}.{p}" for n in LAYERS for p in ("weight", "bias")}
+    assert finished.summary["finished"] and finished.summary["rounds"] == 4
+
+
+LAYERS = ("conv1", "conv2", "fc1", "fc2")
+
+
+def test_the_config_in_the_folder_gives_the_same_run_again(
+    finished: subfleet.Run, tmp_path: Path
+) -> None:
+    again = launch(Experiment.load(finished.path / "config.toml"), out=tmp_path / "b", local=True)
+    assert again.summary["params_sha256"] == finished.summary["params_sha256"]
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(finished: subfleet.Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    longer = Experiment(**tables(run__rounds=6))
+    resumed = launch(longer, out=tmp_path / "run", resume=True, local=True)
+    fresh = launch(longer, out=tmp_path / "fresh", local=True)
+    assert [record["round"] for record in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert resumed.clients().column("round").to_pylist() == [r for r in range(1, 7) for _ in "1234"]
+    assert resumed.summary["params_sha256"] == fresh.summary["params_sha256"]
+
+
+def test_a_given_engine_record_is_replayed(finished: subfleet.Run, tmp_path: Path) -> None:
+    record = json.loads((finished.path / "engine.json").read_text())
+    for choice in record["choices"]:
+        choice["memory_format"] = "contiguous"
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(record))
+    other = launch(Experiment(**tables()), out=tmp_path / "run", local=True, engine_record=path)
+    written = json.loads((other.path / "engine.json").read_text())
+    assert written == record
+
+
+def test_the_target_accuracy_ends_a_run(tmp_path: Path) -> None:
+    run = launch(
+        Experiment(**tables(run__target_accuracy=1e-6, run__rounds=50)),
+        out=tmp_path / "run",
+        local=True,
+    )
+    assert run.summary["finished"] and run.summary["rounds"] < 50
+
+
+def test_max_seconds_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    experiment = Experiment(**tables(run__max_seconds=1e-3))
+    cut = launch(experiment, out=tmp_path / "run", local=True)
+    assert not cut.summary["finished"] and cut.summary["rounds"] == 1
+    whole = launch(Experiment(**tables()), out=tmp_path / "run", resume=True, local=True)
+    assert whole.summary["finished"] and whole.summary["rounds"] == 4
+
+
+# --- bad input: one clear message, the right status, nothing half-written ------------------------
+
+BAD = {
+    "unknown data set": ({"data__name": "femnits"}, "did you mean 'femnist'"),
+    "unknown model": ({"model__name": "smal_cnn"}, "did you mean 'small_cnn'"),
+    "unknown algorithm": ({"algorithm__name": "fedpq"}, "did you mean 'fedpa'"),
+    "unknown option": ({"algorithm__normalizer": "all"}, "did you mean 'normaliser'"),
+    "no such data": (
+        {"data": {"name": "femnist", "source": "/nowhere/femnist"}},
+        "/nowhere/femnist",
+    ),
+    "a budget that no width meets": (
+        {"fleet__tiers": [{"name": "tiny", "share": 1.0, "flops": 10}]},
+        "tier 'tiny': budget flops=10 is below the smallest sub-network",
+    ),
+    "a cohort larger than the population": (
+        {"run__cohort": 17},
+        "run.cohort=17 is more than the 16 clients that train",
+    ),
+    "a width out of bounds": (
+        {"algorithm": {"name": "fedavg", "width": 1.5}},
+        "algorithm.width=1.5 is outside (0, 1]",
+    ),
+    "a GPU that is not there": ({"run__device": "cuda"}, 'use "auto" or "cpu"'),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_status_2(case: str, tmp_path: Path) -> None:
+    changes, words = BAD[case]
+    if case == "a GPU that is not there" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    path = write(tmp_path, **changes)
+    done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert words in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_refused(finished: subfleet.Run, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    before = sorted(p.name for p in finished.path.rglob("*"))
+    done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(finished.path)])
+    assert done.exit_code == 2 and "holds another run" in done.stderr
+    assert sorted(p.name for p in finished.path.rglob("*")) == before
+
+
+def test_a_run_of_another_experiment_is_not_resumed(finished: subfleet.Run, tmp_path: Path) -> None:
+    path = write(tmp_path, train__lr=0.25)
+    arguments = ["run", str(path), "--local", "--resume", "--out", str(finished.path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "train.lr = 0.1 there, 0.25 here" in done.stderr.replace("\n", " ")
+
+
+def test_a_checkpoint_from_another_experiment_is_refused(
+    finished: subfleet.Run, tmp_path: Path
+) -> None:
+    other = launch(Experiment(**tables(train__lr=0.2)), out=tmp_path / "other", local=True)
+    shutil.rmtree(other.path / "checkpoints")
+    shutil.copytree(finished.path / "checkpoints", other.path / "checkpoints")
+    with pytest.raises(InputError, match="is of another experiment"):
+        launch(Experiment(**tables(train__lr=0.2)), out=other.path, resume=True, local=True)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    finished: subfleet.Run, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "tensors.safetensors").write_bytes(b"cut")
+    run = launch(Experiment(**tables()), out=tmp_path / "run", resume=True, local=True)
+    assert run.summary["params_sha256"] == finished.summary["params_sha256"]
+    assert [record["round"] for record in run.metrics] == [1, 2, 3, 4]
+
+
+def test_training_that_turns_nan_stops_and_names_who(tmp_path: Path) -> None:
+    path = write(tmp_path, train__lr=1e30, run__rounds=6)
+    done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1
+    message = done.stderr.replace("\n", " ")
+    assert "round " in message and "(tier " in message and "checkpoint" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+EXPLODES = """
+from dataclasses import dataclass, replace
+from subfleet.algorithms import FedPA
+
+@dataclass(frozen=True)
+class Explodes(FedPA):
+    def phase(self, round):
+        plain = super().phase(round)
+        rule = replace(plain.program.rule, lr=1e30 if round == 4 else 0.1)
+        return replace(plain, program=replace(plain.program, rule=rule))
+"""
+
+
+def test_training_that_turns_nan_later_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "explodes_in_round_4.py").write_text(EXPLODES)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"algorithm": {"name": "explodes_in_round_4:Explodes"}}
+    with pytest.raises(RunFailed, match=r"round 4.*round-000002"):
+        launch(Experiment(**tables(**own)), out=tmp_path / "run", local=True)
+    short = Experiment(**tables(**own, run__rounds=3))
+    resumed = launch(short, out=tmp_path / "run", resume=True, local=True)
+    fresh = launch(short, out=tmp_path / "fresh", local=True)
+    assert resumed.summary["params_sha256"] == fresh.summary["params_sha256"]
+    assert [record["round"] for record in resumed.metrics] == [1, 2, 3]
+
+
+def test_clients_that_turn_nan_are_left_out_if_so_configured(tmp_path: Path) -> None:
+    run = launch(
+        Experiment(**tables(train__lr=1e30, run__on_nan="skip")), out=tmp_path / "run", local=True
+    )
+    assert set(run.clients().column("status").to_pylist()) == {"skipped"}
+    assert [record["clients"] for record in run.metrics] == [0, 0, 0, 0]
+    start = assemble(Experiment(**tables())).work.net.init(0)
+    assert all((start[name] == value).all() for name, value in run.params().items())
+
+
+def test_an_engine_record_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "engine.json").write_text('{"version": 99}')
+    for given, words in [("engine.json", "version 99"), ("absent.json", "No such file")]:
+        with pytest.raises(InputError, match=words):
+            launch(
+                Experiment(**tables()),
+                out=tmp_path / "run",
+                local=True,
+                engine_record=tmp_path / given,
+            )
+    assert not (tmp_path / "run").exists()
