@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -25,6 +27,7 @@ from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap
 from subfleet.datasets.synthetic import SyntheticFemnist
 from subfleet.models import chain, small_cnn
+from subfleet.platform.bundles import TrainBundle
 from subfleet.platform.engine import Work
 from subfleet.platform.worker import Worker
 
@@ -83,6 +86,12 @@ def test_side_by_side_equals_the_loop(rule):
     tasks = mapped_tasks(net, range(len(SIZES)), windows)
     shared, program = net.init(1), loss_program(RULES[rule])
     looped = toys.each(net, program, tasks, data, shared)
+    for task, (params, *_) in zip(tasks, looped, strict=True):
+        start = reference.cut(net, shared, task.map)
+        expected, _ = reference.train_client(
+            net, start, task.map, data, task.client, RULES[rule], STREAM, seed=0, round=1
+        )
+        assert toys.distance(params, expected) < 1e-5
     for width in (16, 4):  # 4: two groups, the last one smaller
         mapped = toys.each(net, program, tasks, data, shared, "vmap", width=width)
         for (a, loss_a, steps_a), (b, loss_b, steps_b) in zip(mapped, looped, strict=True):
@@ -246,6 +255,57 @@ def test_a_step_program_with_two_streams_equals_its_formula_both_ways():
         assert toys.distance(b, expected) < 1e-5, client
         assert la == pytest.approx(lb, rel=1e-4) and sa == sb
     assert not toys.same_bits(looped[0][0], shared)
+
+
+def test_noise_of_a_step_program_is_each_clients_and_each_steps_own():
+    net, data = toys.linear(6, 3), toys.all_train([10, 4], (6,), 3)
+
+    def init(net, params, kept, inputs):
+        return {"drawn": torch.zeros(3), "last": torch.zeros(3), "w": params}
+
+    def step(net, local, batch, noise, inputs):
+        draw = noise.uniform((3,), salt=7)
+        return local | {"drawn": local["drawn"] + draw, "last": draw}, {}
+
+    def final(net, local, inputs):
+        return ClientResult({"drawn": local["drawn"], "last": local["last"]})
+
+    program = StepProgram(init, step, final, {"data": STREAM})
+    tasks, shared = mapped_tasks(net, [0, 1]), net.init(0)
+    ways = [toys.each(net, program, tasks, data, shared, way) for way in ("loop", "vmap")]
+    for client, steps in ((0, 6), (1, 2)):
+        key = seeds.key(0, "noise", round=1, client=client)
+        draws = [seeds.uniform(torch.tensor(key + i), (3,), salt=7) for i in range(steps)]
+        for found in ways:
+            assert torch.allclose(found[client][0]["drawn"], torch.stack(draws).sum(0))
+            assert torch.equal(found[client][0]["last"], draws[-1])
+
+
+@pytest.mark.parametrize("way", ["loop", "vmap"])
+def test_a_task_starts_from_the_tree_that_it_names(way):
+    net, data = toys.mlp(), toys.all_train([5, 9, 6], (6,), 3)
+    algorithm = toys.OneProgram(toys.setting(net), loss_program())
+    trees = {4: net.init(1), 7: net.init(2)}
+    worker = Worker(Work(net, algorithm, 1.0, 0), data, "cpu")
+    tasks = [replace(toys.task(net, c), shared=v) for c, v in enumerate((7, 4, 7))]
+    bundle = TrainBundle(0, 1, tuple(tasks), toys.choices(tasks, way), 1.0)
+    update = worker.run(bundle, trees).update
+    trained = []
+    for task in tasks:
+        params, _ = reference.train_client(
+            net,
+            trees[task.shared],
+            toys.FULL,
+            data,
+            task.client,
+            RULES["sgd"],
+            STREAM,
+            seed=0,
+            round=1,
+        )
+        trained.append((task, params))
+    expected = reference.indexed_mean(net, trees[4], trained)
+    assert toys.distance(aggregate.finish(update, net.space, trees[4]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("way", ["loop", "vmap"])

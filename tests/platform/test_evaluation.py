@@ -124,6 +124,15 @@ def test_each_client_calibrates_on_its_own_training_part():
     assert table["global/count"][1] == 0
 
 
+def test_a_client_that_cannot_calibrate_does_not_borrow_anothers_statistics():
+    net, data = toys.mlp(hidden=(5,), norm=True), toys.federation([20, 1], (6,), 3)
+    params = without_statistics(net)
+    table = evaluate(net, data, params, Evaluation(calibrate=3, batch=8), part="all")
+    fresh = {"norm0.running_mean": torch.zeros(5), "norm0.running_var": torch.ones(5)}
+    _, loss = scored(net.module(), params | fresh, *rows(data, 1, "all"))
+    assert table["global/loss"][1] == pytest.approx(loss, rel=1e-5)
+
+
 def one_step(lr=0.5, batch=None):
     return LossProgram(cross_entropy, LocalRule(lr=lr), Stream("train", batch=batch))
 

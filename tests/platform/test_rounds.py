@@ -237,6 +237,57 @@ def test_phases_reports_and_last_rounds_survive_a_crash(tmp_path, stop):
     assert max(n for _, _, before in whole["seen"] for n in before) >= 1
 
 
+def test_a_damaged_checkpoint_costs_rounds_but_none_is_there_twice(tmp_path, caplog):
+    """Client parts and lines beyond the checkpoint that is left are on disk already: cut off."""
+    job = toys.job(fedavg(rounds=4), data(), checkpoint_every=1)
+    whole = toys.run(job, tmp_path / "run")
+    before = cohorts(tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("round-*"))
+    for file in newest.iterdir():
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    again = toys.run(job, tmp_path / "run", resume=True)
+    assert f"{newest} is damaged" in caplog.text
+    assert again["params_sha256"] == whole["params_sha256"]
+    assert cohorts(tmp_path / "run") == before
+    lines = [r["round"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert lines == [1, 2, 3, 4]
+
+
+@dataclass(frozen=True)
+class Collects(FedAvg):
+    """FedAvg over collected results, planned in an order of its own."""
+
+    width: float | None = 1.0
+
+    def phase(self, round):
+        return replace(super().phase(round), reduction="collect")
+
+    def plan(self, state, cohort, round):
+        plan = super().plan(state, cohort, round)
+        return RoundPlan(sorted(plan.tasks, key=lambda t: (-(t.client % 3), t.client)), plan.shared)
+
+    def server_step(self, state, plan, reduced, server_data=None):
+        assert [item.task.client for item in reduced] == [task.client for task in plan.tasks]
+        total = sum(item.task.weight for item in reduced)
+        params = {
+            name: sum(i.result.update[name].double() * (i.task.weight / total) for i in reduced)
+            for name in state["params"]
+        }
+        return {"params": {name: value.float() for name, value in params.items()}}
+
+
+def test_collected_results_reach_the_server_in_the_order_of_the_plan(tmp_path):
+    net = toys.mlp()
+    for cls, name in ((Collects, "collected"), (FedAvg, "summed")):
+        job = toys.job(cls(toys.setting(net), width=1.0), data(), bundle_clients=1, cohort=8)
+        toys.run(job, tmp_path / name, workers=3)
+    a, b = (RunFolder(tmp_path / name, "").read_final() for name in ("collected", "summed"))
+    assert toys.distance(a, b) < 1e-6
+    (record, *_) = read_metrics(tmp_path / "collected" / "metrics.jsonl")
+    assert "coverage_min" not in record and record["clients"] == 8
+
+
 def test_a_phase_for_a_tier_that_no_training_client_has_is_refused(tmp_path):
     @dataclass(frozen=True)
     class Nobody(FedAvg):
