@@ -9,8 +9,8 @@ import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,24 +46,25 @@ def ray_session(address: str | None) -> Iterator[Any]:
 
     Raises `InputError` when nobody answers at the address.
     """
-    # Before the import: Ray reads these when it is loaded.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "ray" not in sys.modules:
+        # Ray reads these when it is loaded; set later, its processes would not agree on them.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     if ray.is_initialized():
         yield ray
         return
-    _check_address(address)
-    before = signal.getsignal(signal.SIGTERM)
+    check_address(address)
     try:
-        _connect(ray, address)
-        _on_sigterm(_exit_terminated)
-        yield ray
+        # Ray prints what befalls its processes; our standard output is for results.
+        with _terminable() as take_sigterm, redirect_stdout(sys.stderr):
+            _connect(ray, address)
+            take_sigterm()
+            yield ray
     finally:
         ray.shutdown()
-        _on_sigterm(before)
 
 
 def _connect(ray: Any, address: str | None) -> None:
@@ -110,9 +111,29 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _exit_terminated(number: int, frame: Any) -> None:
-    del frame
-    sys.exit(128 + number)  # as shells have it
+@contextmanager
+def _terminable() -> Iterator[Callable[[], None]]:
+    """Ends the process with status 143 after a SIGTERM, as shells have it, once unwound.
+
+    Yields a function that takes the signal over, to be called after Ray took it.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+        # Ray's waiting calls let only this one through, as one of their own.
+        raise KeyboardInterrupt
+
+    try:
+        yield lambda: _on_sigterm(interrupt)
+    except KeyboardInterrupt:
+        if received:
+            sys.exit(128 + received[0])
+        raise
+    finally:
+        _on_sigterm(before)
 
 
 def _on_sigterm(handler: Any) -> None:
@@ -121,7 +142,7 @@ def _on_sigterm(handler: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _check_address(address: str | None) -> None:
+def check_address(address: str | None) -> None:
     """InputError when nobody answers at `host:port`; Ray itself would try for two minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or None

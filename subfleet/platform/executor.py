@@ -162,7 +162,7 @@ class RayExecutor:
                 bundle, host = flying.pop(ref)
                 host.load -= 1
                 try:
-                    result = ray.get(ref)
+                    result: Any = ray.get(ref)
                 except RayError as error:
                     self._again(bundle, host, error, attempts[bundle.number])
                     waiting.appendleft(bundle)

@@ -1,0 +1,304 @@
+"""Whole commands with a Ray of their own: they end, or are ended, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from subfleet.cluster.start import Placement, check_address, placement
+from subfleet.core.errors import InputError
+from subfleet.launch import Run
+from subfleet.platform.metrics import read_metrics
+from subfleet.platform.runfolder import RunFolder
+
+EXPERIMENT = """
+[data]
+name = "synthetic_femnist"
+clients = 40
+mean_samples = 60
+[model]
+norm = "batch"
+[fleet]
+tiers = [{name = "high", share = 0.4, width = 1.0}, {name = "low", share = 0.6, width = 0.5}]
+[algorithm]
+name = "fedpa"
+[run]
+rounds = 8
+cohort = 12
+eval_every = 3
+eval_clients = 4
+checkpoint_every = 2
+hosts = 2
+"""
+GONE_S = 20.0  # in which every process must have ended; a busy machine takes its time
+
+
+def running(session: int) -> dict[int, str]:
+    """Command lines of the processes of a session, by process id, without zombies."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def left_over(session: int, allowed_s: float = GONE_S) -> dict[int, str]:
+    """What still runs of a session after a while; nothing as soon as nothing does."""
+    deadline = time.monotonic() + allowed_s
+    while (found := running(session)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home folder of the test's own, where Ray writes its token."""
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def commands(home: Path) -> Iterator[Commands]:
+    """Starts commands in sessions of their own; at the end nothing of them is left."""
+    started = Commands(home)
+    yield started
+    for process in started.processes:
+        for pid in running(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait(10)
+
+
+class Commands:
+    """Commands of a test, with a home folder and a session of their own."""
+
+    def __init__(self, home: Path):
+        self.processes: list[subprocess.Popen[str]] = []
+        self._home = home
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts `python arguments...`; its process id is that of its session."""
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**outside, "HOME": str(self._home), "RAY_AUTH_MODE": "token"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, out: Path, *more: str) -> subprocess.Popen[str]:
+        """Starts `subfleet run` on the experiment of this file."""
+        file = self._home / "experiment.toml"
+        file.write_text(EXPERIMENT)
+        return self.start("-m", "subfleet", "run", str(file), "--out", str(out), *more)
+
+
+def wait_for_round(process: subprocess.Popen[str], out: Path, round: int) -> None:
+    """Returns when a run has written this round; fails when it ends or takes minutes."""
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= round):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no round was written"
+        time.sleep(0.01)
+
+
+def assert_every_round_once(out: Path, rounds: int) -> None:
+    run = Run(out, {})
+    assert [record["round"] for record in run.metrics] == list(range(1, rounds + 1))
+    rows = run.clients()
+    pairs = set(zip(rows["round"].to_pylist(), rows["client"].to_pylist(), strict=True))
+    assert len(rows) == len(pairs) == rounds * 12
+
+
+@pytest.mark.ray
+def test_a_run_killed_and_resumed_equals_one_that_was_not(
+    commands: Commands, tmp_path: Path
+) -> None:
+    whole = commands.run(tmp_path / "whole", "--local")
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors
+
+    killed = commands.run(tmp_path / "out")
+    wait_for_round(killed, tmp_path / "out", 3)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait(10) == -signal.SIGKILL
+    assert left_over(killed.pid) == {}
+    assert RunFolder(tmp_path / "out", "").read_summary() is None
+
+    resumed = commands.run(tmp_path / "out", "--resume")
+    said, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert said.splitlines()[-1] == str(tmp_path / "out")
+    assert left_over(resumed.pid) == {}
+    summaries = [RunFolder(tmp_path / name, "").read_summary() or {} for name in ("whole", "out")]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    assert_every_round_once(tmp_path / "out", 8)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("sent", "status", "words"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")],
+)
+def test_an_interrupted_run_leaves_no_process_and_a_folder_to_resume(
+    sent: signal.Signals, status: int, words: str, commands: Commands, tmp_path: Path
+) -> None:
+    run = commands.run(tmp_path / "out", "--set", "run.rounds=1000")
+    wait_for_round(run, tmp_path / "out", 3)
+    # A terminal sends Ctrl-C to the whole group.
+    os.killpg(run.pid, sent) if sent is signal.SIGINT else run.send_signal(sent)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == status, errors
+    assert errors.endswith(words)
+    assert "Traceback" not in errors
+    assert left_over(run.pid) == {}
+
+    done = len(list(read_metrics(tmp_path / "out" / "metrics.jsonl")))
+    rounds = done + 1
+    again = commands.run(tmp_path / "out", "--resume", "--local", "--set", f"run.rounds={rounds}")
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert_every_round_once(tmp_path / "out", rounds)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_answer(address: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return check_address(address)
+        except InputError:
+            assert time.monotonic() < deadline, "the cluster did not start"
+            time.sleep(0.2)
+
+
+@pytest.mark.ray
+def test_a_run_on_a_cluster_leaves_it_running_and_without_actors(
+    commands: Commands, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    head = commands.start(
+        *("-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"),
+        *("--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=false"),
+        "--disable-usage-stats",
+    )
+    wait_for_answer(address)
+    run = commands.run(tmp_path / "out", "--address", address, "--set", "run.rounds=2")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert_every_round_once(tmp_path / "out", 2)
+    assert head.poll() is None
+    assert any("raylet" in command for command in running(head.pid).values())
+    deadline = time.monotonic() + GONE_S
+    while any("ray::C" in command for command in running(head.pid).values()):
+        assert time.monotonic() < deadline, running(head.pid)
+        time.sleep(0.1)
+
+
+class Listener:
+    """A server on loopback that takes connections and says `words` to each."""
+
+    def __init__(self, words: bytes):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        self._words = words
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                caller, _ = self.socket.accept()
+            except OSError:  # closed
+                return
+            with caller:
+                caller.recv(1024)
+                caller.sendall(self._words)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("nonsense", "is not of the form host:port"),
+        ("ray://127.0.0.1:10001", "is not of the form host:port"),
+        ("http://127.0.0.1:8265", "is not of the form host:port"),
+        ("127.0.0.1:99999", "no Ray cluster answers there"),
+        ("no-such-host.invalid:6379", "no Ray cluster answers there"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(address: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as error:
+        check_address(address)
+    assert f"--address {address}: " in str(error.value)
+
+
+@pytest.mark.parametrize("words", [b"", b"HTTP/1.0 400 Bad request\r\n\r\n"])
+def test_a_server_that_is_not_ray_is_refused_at_once(words: bytes) -> None:
+    listener = Listener(words)
+    with listener.socket, pytest.raises(InputError, match="what answers is not Ray"):
+        check_address(listener.address)
+
+
+def test_an_address_where_nobody_answers_ends_the_command_within_seconds(
+    commands: Commands, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    run = commands.run(tmp_path / "out", "--address", address)
+    started = time.monotonic()
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert f"error: --address {address}: no Ray cluster answers there" in errors
+    assert said == ""
+    assert "Traceback" not in errors
+    assert time.monotonic() - started < 30  # most of it for the imports
+
+
+def node(cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, object]:
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "device", "placed"),
+    [
+        ([node(1)], 0, "auto", Placement(1, "cpu", 0.0, 0.0)),
+        ([node(2)], 3, "auto", Placement(3, "cpu", 0.3333, 0.0)),
+        ([node(16), node(16)], 0, "auto", Placement(32, "cpu", 0.9687, 0.0)),
+        ([node(16), node(16, alive=False)], 0, "cpu", Placement(16, "cpu", 0.9375, 0.0)),
+        ([node(16, gpus=2)], 0, "auto", Placement(2, "cuda", 1.0, 1.0)),
+        ([node(16, gpus=1)], 4, "cuda", Placement(4, "cuda", 1.0, 0.25)),
+        ([node(4, gpus=1)], 0, "cpu", Placement(4, "cpu", 0.75, 0.0)),
+    ],
+)
+def test_hosts_share_what_the_nodes_have(
+    nodes: list[dict[str, object]], wanted: int, device: str, placed: Placement
+) -> None:
+    assert placement(nodes, wanted, device) == placed
+
+
+def test_a_gpu_that_no_node_has_is_refused() -> None:
+    with pytest.raises(InputError, match="no node of the cluster has a GPU"):
+        placement([node(4)], 0, "cuda")

@@ -1,0 +1,232 @@
+"""Runs on real Ray actors: the same bits on any hosts, lost hosts, errors, users' code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from subfleet.cli import app
+from subfleet.config import Experiment
+from subfleet.core.errors import RunFailed
+from subfleet.launch import Run, assemble, launch
+from subfleet.platform.bundles import EvalBundle
+from subfleet.platform.executor import RayExecutor
+from subfleet.platform.metrics import read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+
+
+@pytest.fixture(scope="module")
+def inline(mixed_fleet: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that all others must equal: in this process, without Ray."""
+    return launch(mixed_fleet, out=tmp_path_factory.mktemp("inline") / "run", local=True)
+
+
+def on_hosts(experiment: Experiment, hosts: int, out: Path) -> Run:
+    return launch(experiment.with_overrides([f"run.hosts={hosts}"]), out=out)
+
+
+def assert_every_round_once(run: Run, experiment: Experiment) -> None:
+    rounds, cohort = experiment.run.rounds, experiment.run.cohort
+    assert [record["round"] for record in run.metrics] == list(range(1, rounds + 1))
+    rows = run.clients()
+    pairs = set(zip(rows["round"].to_pylist(), rows["client"].to_pylist(), strict=True))
+    assert len(rows) == len(pairs) == rounds * cohort
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_the_result_is_that_of_the_inline_run_on_any_number_of_hosts(
+    hosts: int, mixed_fleet: Experiment, inline: Run, tmp_path: Path
+) -> None:
+    run = on_hosts(mixed_fleet, hosts, tmp_path / "run")
+    assert run.summary["params_sha256"] == inline.summary["params_sha256"]
+    assert run.summary["acc_local"] == inline.summary["acc_local"]
+    assert_every_round_once(run, mixed_fleet)
+    assert all(record["retries"] == 0 for record in run.metrics)
+
+
+def in_round(metrics: Path, round: int) -> bool:
+    """Whether the run has written the round before this one, and not this one."""
+    return metrics.exists() and metrics.read_bytes().count(b"\n") == round - 1
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_host_killed_in_mid_round_changes_nothing_but_the_retries(
+    hosts: int,
+    mixed_fleet: Experiment,
+    inline: Run,
+    busy_hosts: Callable[[], list[int]],
+    tmp_path: Path,
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(deadline: float) -> None:
+        while time.monotonic() < deadline and not killed:
+            time.sleep(0.005)
+            if in_round(tmp_path / "run" / "metrics.jsonl", 2):
+                for pid in busy_hosts()[:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    killer = Thread(target=kill_one, args=(time.monotonic() + 120,))
+    killer.start()
+    run = on_hosts(mixed_fleet, hosts, tmp_path / "run")
+    killer.join()
+    assert killed
+    assert run.summary["params_sha256"] == inline.summary["params_sha256"]
+    assert_every_round_once(run, mixed_fleet)
+    retries = {record["round"]: record["retries"] for record in run.metrics}
+    assert 1 <= retries[2] <= 2, "the killed host had one bundle at work and one at its door"
+    assert sum(retries.values()) == retries[2]
+
+
+def test_a_run_without_a_host_that_answers_fails_and_says_so(mixed_fleet: Experiment) -> None:
+    import ray
+
+    from subfleet.platform.host import start_hosts
+
+    job = assemble(mixed_fleet)
+    # More cores than there are: this host will never be scheduled.
+    hosts = start_hosts(1, job.work, job.federation, device="cpu", cpus=64.0, gpus=0.0)
+    bundle = EvalBundle(0, 1, np.array([0]), {}, "test", 1.0)
+    executor = RayExecutor(hosts, patience_s=1.0)
+    with pytest.raises(RunFailed, match="none of the 1 hosts has answered for 1 s"):
+        list(executor.run([bundle], {0: job.work.net.init(0)}))
+    ray.kill(hosts[0])
+
+
+USER_CODE = """
+    import dataclasses
+    import os
+    import signal
+
+    from subfleet.algorithms.fedavg import FedAvg
+    from subfleet.core.algorithm import LossProgram, Phase
+    from subfleet.core.errors import InputError, RunFailed
+
+    class Halfway(FedAvg):
+        def server_step(self, state, plan, reduced, server_data=None):
+            new = super().server_step(state, plan, reduced)["params"]
+            return {"params": {k: (new[k] + v) / 2 for k, v in state["params"].items()}}
+
+    class RefusesOnCoordinator(FedAvg):
+        def server_step(self, state, plan, reduced, server_data=None):
+            raise InputError("key=1 is out of bounds; give 0")
+
+    class BreaksOnCoordinator(FedAvg):
+        def server_step(self, state, plan, reduced, server_data=None):
+            return {"params": state["nothing"]}
+
+    class DiesOnCoordinator(FedAvg):
+        def server_step(self, state, plan, reduced, server_data=None):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class TurnsNaN(FedAvg):
+        def plan(self, state, cohort, round):
+            params = state["params"]
+            if round == 2:
+                params = {k: v * float("nan") for k, v in params.items()}
+            return super().plan({"params": params}, cohort, round)
+
+    def refuse(net, params, batch, noise, inputs):
+        raise InputError("key=2 is out of bounds; give 0")
+
+    def fail(net, params, batch, noise, inputs):
+        raise RunFailed("the loss gave up; restart it")
+
+    def crash(net, params, batch, noise, inputs):
+        raise KeyError("nothing")
+
+    def die(net, params, batch, noise, inputs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class OnHost(FedAvg):
+        def phase(self, round):
+            phase = super().phase(round)
+            return dataclasses.replace(
+                phase, program=dataclasses.replace(phase.program, loss=type(self).loss)
+            )
+
+    class RefusesOnHost(OnHost):
+        loss = staticmethod(refuse)
+
+    class FailsOnHost(OnHost):
+        loss = staticmethod(fail)
+
+    class CrashesOnHost(OnHost):
+        loss = staticmethod(crash)
+
+    class DiesOnHost(OnHost):
+        loss = staticmethod(die)
+"""
+
+
+@pytest.fixture(scope="module")
+def users_module(ray_here: Path) -> Iterator[None]:
+    """The user's own module `my_fl` in the folder in which Ray was started."""
+    (ray_here / "my_fl.py").write_text(textwrap.dedent(USER_CODE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield
+    sys.modules.pop("my_fl", None)
+
+
+def users_own(experiment: Experiment, name: str) -> Experiment:
+    """Two rounds of an algorithm of `my_fl`, without evaluation on the way."""
+    chosen = [f"algorithm.name=my_fl:{name}", "run.rounds=2", "run.eval_every=0", "run.hosts=2"]
+    return experiment.with_overrides(chosen)
+
+
+@pytest.mark.usefixtures("users_module")
+def test_the_users_own_algorithm_runs_on_hosts(mixed_fleet: Experiment, tmp_path: Path) -> None:
+    experiment = users_own(mixed_fleet, "Halfway")
+    here = launch(experiment, out=tmp_path / "here", local=True)
+    there = launch(experiment, out=tmp_path / "there")
+    assert here.summary["params_sha256"] == there.summary["params_sha256"]
+
+
+@pytest.mark.usefixtures("users_module")
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("RefusesOnCoordinator", 2, "error: key=1 is out of bounds; give 0"),
+        ("RefusesOnHost", 2, "error: key=2 is out of bounds; give 0"),
+        ("FailsOnHost", 1, "run failed: the loss gave up; restart it"),
+        ("BreaksOnCoordinator", 1, "run failed: the coordinator failed: KeyError: 'nothing'"),
+        ("CrashesOnHost", 1, "failed on a host: KeyError: 'nothing'; run with --local --debug"),
+        ("DiesOnCoordinator", 1, "run failed: the coordinator's process died"),
+        ("DiesOnHost", 1, "was lost with its host 5 times"),
+    ],
+)
+def test_an_error_far_away_ends_the_command_as_one_here_would(
+    name: str, status: int, words: str, mixed_fleet: Experiment, tmp_path: Path
+) -> None:
+    file = tmp_path / "e.toml"
+    file.write_text(users_own(mixed_fleet, name).to_toml())
+    result = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "run")])
+    assert result.exit_code == status, result.stderr
+    assert words in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("users_module")
+def test_training_that_turns_nan_names_round_client_and_tier(
+    mixed_fleet: Experiment, tmp_path: Path
+) -> None:
+    experiment = users_own(mixed_fleet, "TurnsNaN")
+    with pytest.raises(RunFailed, match=r"round 2: .*not finite: \d+ \(tier (high|low)\)") as error:
+        launch(experiment, out=tmp_path / "run")
+    good = tmp_path / "run" / "checkpoints" / "round-000001"
+    assert "checkpoints/round-000001" in str(error.value)
+    assert good.is_dir()
+    assert [record["round"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
