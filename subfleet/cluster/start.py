@@ -79,11 +79,16 @@ def _connect(ray: Any, address: str | None) -> None:
                 ray.init(address="local", include_dashboard=False, **options)
         else:
             ray.init(address=address, runtime_env={"env_vars": variables}, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"--address {address}" if address else "starting Ray"
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if address is None:
+            raise RunFailed(
+                f"Ray does not start: {brief(error)}; use --local, or name a running cluster "
+                "with --address"
+            ) from error
         raise InputError(
-            f"{where}: {error}; give the address of a running cluster, "
-            "leave --address out to start Ray here, or use --local"
+            f"--address {address}: {brief(error)}; give the address that `ray start` printed, on "
+            "a machine of the cluster, with the cluster's token in ~/.ray/auth_token or in "
+            "RAY_AUTH_TOKEN"
         ) from error
 
 

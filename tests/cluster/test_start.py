@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -186,28 +187,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for_answer(address: str) -> None:
+def wait_for_answer(head: subprocess.Popen[str], address: str) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
             return check_address(address)
         except InputError:
+            assert head.poll() is None, head.communicate()
             assert time.monotonic() < deadline, "the cluster did not start"
             time.sleep(0.2)
 
 
 @pytest.mark.ray
 def test_a_run_on_a_cluster_leaves_it_running_and_without_actors(
-    commands: Commands, tmp_path: Path
+    commands: Commands, home: Path, tmp_path: Path
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
     head = commands.start(
         *("-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"),
         *("--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=false"),
         "--disable-usage-stats",
     )
-    wait_for_answer(address)
+    wait_for_answer(head, address)
     run = commands.run(tmp_path / "out", "--address", address, "--set", "run.rounds=2")
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
