@@ -33,7 +33,7 @@ from subfleet.datasets.memory import InMemory
 from subfleet.models import chain, small_cnn
 from subfleet.platform import loop, mapped
 from subfleet.platform.bundles import BundleResult, TrainBundle
-from subfleet.platform.chunk import Chunk
+from subfleet.platform.chunks import Chunk
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.fleet import Fleet

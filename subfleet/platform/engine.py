@@ -5,6 +5,7 @@ It knows torch, NumPy and the core types; neither Ray nor where data come from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -27,7 +28,7 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle
-from subfleet.platform.chunk import Chunk, Rows, Trained
+from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.record import Choice, choose, variant_name
 from subfleet.platform.resident import Resident
 
@@ -66,6 +67,8 @@ class Engine:
         if device == "cpu":
             torch.set_num_threads(1)
         else:
+            # cuBLAS is deterministic with a workspace of fixed size only; torch insists on it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
@@ -219,7 +222,8 @@ class _Tally:
         status = OK if trained.healthy else SKIPPED
         if trained.healthy:
             if self.update is not None:
-                aggregate.accumulate(self.update, self.net.space, map, result.update, task.weight)
+                update = {name: value.cpu() for name, value in result.update.items()}
+                aggregate.accumulate(self.update, self.net.space, map, update, task.weight)
             elif self.collected is not None:
                 self.collected.append(Collected(task, _detached(result)))
             if result.kept is not None:
@@ -261,8 +265,8 @@ def covered(task: ClientTask, result: ClientResult) -> IndexMap:
 
 
 def _copied(tree: Params) -> Params:
-    """Tensors that no later client can overwrite: a looped client's lie in shared buffers."""
-    return {name: value.detach().clone() for name, value in tree.items()}
+    """In main memory, where no later client overwrites it: a looped client's lies in buffers."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tree.items()}
 
 
 def _detached(result: ClientResult) -> ClientResult:

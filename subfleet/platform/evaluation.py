@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from subfleet.core.algorithm import Evaluation, Params
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import loop
-from subfleet.platform.chunk import Chunk, Rows
+from subfleet.platform.chunks import Chunk, Rows
 from subfleet.platform.resident import Resident
 
 BATCH = 256

@@ -26,7 +26,7 @@ from subfleet.core.algorithm import (
     Stream,
 )
 from subfleet.platform import kernels, rule
-from subfleet.platform.chunk import Chunk, Trained
+from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.resident import TORCH_RANDOM, Resident, finite
 
 
@@ -87,7 +87,7 @@ def _schedule(chunk: Chunk, index: int, stream: Stream) -> list[Tensor]:
 def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) -> Trained:
     start = chunk.start(index)
     net.load(start)
-    inputs = chunk.tasks[index].inputs
+    inputs = chunk.inputs(index)
     weights = tuple(net.trainable.values())
     velocity = [torch.zeros_like(w) for w in weights] if program.rule.momentum else None
     anchor = [w.detach().clone() for w in weights] if program.rule.proximal else None
@@ -121,7 +121,7 @@ def _own_copy(params: Params) -> Params:
 
 
 def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) -> Trained:
-    inputs = chunk.tasks[index].inputs
+    inputs = chunk.inputs(index)
     local = program.init(net, _own_copy(chunk.start(index)), chunk.kept(index), inputs)
     feeds = {
         name: (chunk.data(index, stream.part, net), _schedule(chunk, index, stream))
@@ -162,7 +162,7 @@ def _run_client(chunk: Chunk, index: int, net: Resident, program: RunProgram) ->
         supernet=chunk.net,
         params=_own_copy(chunk.start(index)),
         kept=chunk.kept(index),
-        inputs=task.inputs,
+        inputs=chunk.inputs(index),
         task=task,
         data=lambda part: chunk.data(index, part, net),
         generator=generator,

@@ -86,15 +86,25 @@ class Chunk:
         task = self.tasks[index]
         where = (task.shared, task.map.key)
         if where not in self._slices:
-            self._slices[where] = self.net.space.extract(self.shared[task.shared], task.map)
-        own = self.own[index]
+            cut = self.net.space.extract(self.shared[task.shared], task.map)
+            self._slices[where] = self._here(cut)
+        own = self.kept(index)
         if not own:
             return self._slices[where]
         return self._slices[where] | {k: v for k, v in own.items() if k in self.net.space.axes}
 
     def kept(self, index: int) -> Params | None:
-        """The client's own state, None where the algorithm keeps none."""
-        return self.own[index]
+        """The client's own state on the device, None where the algorithm keeps none."""
+        own = self.own[index]
+        return None if own is None else self._here(own)
+
+    def inputs(self, index: int) -> Params:
+        """The inputs of a client's task, on the device."""
+        return self._here(self.tasks[index].inputs)
+
+    def _here(self, tree: Params) -> Params:
+        """The tree on this chunk's device; the same tensors where they are there already."""
+        return {name: value.to(self.device) for name, value in tree.items()}
 
     def rows(self, index: int, part: str) -> tuple[np.ndarray, np.ndarray]:
         """A client's stored rows of one part."""
