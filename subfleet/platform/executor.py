@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from textwrap import shorten
 from time import monotonic, sleep
 from typing import Any, Protocol
 
@@ -288,8 +289,8 @@ def brief(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if cause is not None:
         return f"{type(cause).__name__}: {cause}"
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return shorten(lines[-1], 200, placeholder=" …") if lines else type(error).__name__
 
 
 def as_arrays(tree: Params) -> dict[str, np.ndarray]:

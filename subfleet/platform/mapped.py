@@ -16,22 +16,34 @@ from torch.utils import _pytree as pytree
 
 from subfleet.core.algorithm import Batch, ClientResult, LossProgram, Noise, Params, StepProgram
 from subfleet.platform import rule
-from subfleet.platform.chunk import Chunk, Trained
+from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.feed import Feed
 from subfleet.platform.resident import Resident, finite
 
 
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
-    """Runs the chunk's clients `side_by_side` at a time, yielding them in task order."""
+    """Runs the chunk's clients at most `side_by_side` at a time, yielding them in task order."""
     resident.module.train()
-    width = chunk.choice.side_by_side
-    for first in range(0, len(chunk.tasks), width):
-        group = range(first, min(first + width, len(chunk.tasks)))
+    for group in groups(len(chunk.tasks), chunk.choice.side_by_side):
         if isinstance(chunk.program, LossProgram):
             yield from _loss_clients(chunk, group, resident, chunk.program)
         else:
             assert isinstance(chunk.program, StepProgram)
             yield from _step_clients(chunk, group, resident, chunk.program)
+
+
+def groups(count: int, most: int) -> Iterator[range]:
+    """Runs of `count` clients, at most `most` long and as equal as can be: few shapes to trace.
+
+    >>> [len(group) for group in groups(31, 16)], [len(group) for group in groups(33, 16)]
+    ([16, 15], [11, 11, 11])
+    """
+    parts = -(-count // most)
+    first = 0
+    for part in range(parts):
+        last = first + count // parts + (part < count % parts)
+        yield range(first, last)
+        first = last
 
 
 def _stack(trees: Sequence[Params], device: torch.device) -> Params:
@@ -43,7 +55,7 @@ def _starts(chunk: Chunk, group: range) -> Params:
 
 
 def _inputs(chunk: Chunk, group: range) -> Params:
-    return _stack([chunk.tasks[i].inputs for i in group], chunk.device)
+    return _stack([chunk.inputs(i) for i in group], chunk.device)
 
 
 def _keys(chunk: Chunk, group: range) -> Tensor:
@@ -85,8 +97,9 @@ def _loss_clients(
         if program.finish is None:
             result = ClientResult(mine)
         else:
-            task = chunk.tasks[index]
-            result = program.finish(chunk.start(index), mine, chunk.kept(index), task.inputs)
+            result = program.finish(
+                chunk.start(index), mine, chunk.kept(index), chunk.inputs(index)
+            )
         healthy = num_rows_K[k] == 0 or (
             math.isfinite(mean_K[k]) and finite([mine[name] for name in trainable])
         )
@@ -139,7 +152,7 @@ def _step_clients(
     mean_K, num_rows_K = main.means(losses), main.num_rows_K
     for k, index in enumerate(group):
         mine = pytree.tree_map(lambda leaf, k=k: leaf[k], local)
-        result = program.final(net, mine, chunk.tasks[index].inputs)
+        result = program.final(net, mine, chunk.inputs(index))
         healthy = num_rows_K[k] == 0 or (
             math.isfinite(mean_K[k]) and finite(list(result.update.values()))
         )

@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from subfleet.core.errors import InputError
-from subfleet.core.supernet import SuperNetwork, has_dropout
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.units import IndexMap, has_dropout
 
 Way = Literal["loop", "vmap"]
 VERSION = 1
+SIDE_BY_SIDE = {"cpu": 16, "cuda": 256}  # clients in one mapped call, at most
+CACHE_BYTES = 4 << 20
+FULL = IndexMap.full()
 
 
 @dataclass(frozen=True)
@@ -113,23 +117,27 @@ def choose(
 ) -> Choice:
     """The choice for a variant not yet recorded.
 
-    "auto" takes the loop on CPUs, where it wins on every network with
-    convolutions, and vmap on a GPU, which small steps leave idle. Networks with
-    BatchNorm always loop: padded rows would enter their batch statistics. So do
-    those with dropout, whose draws torch cannot map.
+    "auto" takes vmap on a GPU, which small steps leave idle, and on CPUs for small
+    networks without convolutions, whose steps are mostly overhead; else the loop.
+    Networks with BatchNorm always loop: padded rows would enter their batch
+    statistics. So do those with dropout, whose draws torch cannot map.
     """
-    way: Way = "vmap" if (engine == "vmap" or (engine == "auto" and device != "cpu")) else "loop"
+    has_convolutions = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
+    width = SIDE_BY_SIDE[device]
+    if device == "cpu":
+        # Where the parameters of all leave the cache, mapping loses what it gains.
+        width = min(width, CACHE_BYTES // (4 * net.stored_params(FULL)))
+    auto = device != "cpu" or (not has_convolutions and width >= 4)
+    way: Way = "vmap" if engine == "vmap" or (engine == "auto" and auto) else "loop"
     if net.statistics or way_forced == "loop" or has_dropout(net.module(device="meta")):
         way = "loop"
-    has_convolutions = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
     return Choice(
         variant=variant_name(variant),
         device=device,
         way=way,
-        side_by_side=SIDE_BY_SIDE[device] if way == "vmap" else 1,
+        side_by_side=max(2, width) if way == "vmap" else 1,
         memory_format="channels_last" if way == "loop" and has_convolutions else "contiguous",
         from_round=round,
     )
 
 
-SIDE_BY_SIDE = {"cpu": 16, "cuda": 256}

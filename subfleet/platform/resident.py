@@ -15,6 +15,7 @@ from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
 from subfleet.platform import kernels
 from subfleet.platform.record import Choice
+from subfleet.platform.traces import Traces
 
 TORCH_RANDOM = threading.RLock()
 """Held while torch's own generator, one for the whole process, must not be disturbed."""
@@ -42,6 +43,7 @@ class Resident:
         self.trainable = dict(module.named_parameters())
         self.statistics = dict(module.named_buffers())
         self.params: Params = {**self.trainable, **self.statistics}
+        self.traces = Traces()
         self.has_dropout = has_dropout(module)
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""The batches of K clients side by side, gathered step by step.
+
+Legend: K clients, N rows of the longest client, S steps, B rows a batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subfleet.core.algorithm import Stream
+from subfleet.platform import batches
+from subfleet.platform.chunks import Chunk
+from subfleet.platform.resident import Resident
+
+
+class Feed:
+    """One stream of the clients `group` of a chunk; with `cycle`, that many steps for each."""
+
+    def __init__(
+        self, chunk: Chunk, group: range, stream: Stream, net: Resident, *, cycle: int | None = None
+    ):
+        clients = [chunk.data(i, stream.part, net) for i in group]
+        longest = max(1, *(len(y) for _, y in clients))  # a padded batch points at row 0
+        self.device = chunk.device
+        self.x_KN = torch.stack([_extended(x, longest) for x, _ in clients])
+        self.y_KN = torch.stack([_extended(y, longest) for _, y in clients])
+        schedules = [chunk.schedule(i, stream) for i in group]
+        self.num_steps_K = [len(schedule) for schedule in schedules]
+        if cycle is not None:
+            nothing = [np.empty(0, np.int64)]
+            cycled = (schedule or nothing for schedule in schedules)
+            schedules = [[s[i % len(s)] for i in range(cycle)] for s in cycled]
+        rows, weights = batches.padded(schedules)
+        self.rows_KSB = torch.from_numpy(rows).to(self.device)
+        self.weight_KSB = torch.from_numpy(weights).to(self.device)
+        self.num_rows_KS = weights.sum(axis=2, dtype=np.float64)
+        self.which_K1 = torch.arange(len(group), device=self.device)[:, None]
+        # Known on the host before the first step, so that no step waits for the device.
+        self._full_S = (weights.all(axis=(0, 2)) & (weights.shape[2] > 0)).tolist()
+        self._active_S = (self.num_rows_KS > 0).all(axis=0).tolist()
+
+    @property
+    def num_steps(self) -> int:
+        """S, the steps of the client that has most."""
+        return self.rows_KSB.shape[1]
+
+    @property
+    def num_rows_K(self) -> list[int]:
+        """Rows that each client sees in all its steps."""
+        return self.num_rows_KS.sum(axis=1).astype(int).tolist()
+
+    def at(self, step: int) -> tuple[Tensor, ...]:
+        """(x_KB, y_KB), and weight_KB only where some row is padding."""
+        rows_KB = self.rows_KSB[:, step]
+        found = self.x_KN[self.which_K1, rows_KB], self.y_KN[self.which_K1, rows_KB]
+        return found if self._full_S[step] else (*found, self.weight_KSB[:, step])
+
+    def active(self, step: int) -> Tensor | None:
+        """Which clients still have this step, bool [K]; None where all have."""
+        if self._active_S[step]:
+            return None
+        return torch.from_numpy(self.num_rows_KS[:, step] > 0).to(self.device)
+
+    def means(self, losses: list[Tensor]) -> list[float]:
+        """Each client's loss over its rows, from the [K] losses of every step; NaN for none."""
+        if not losses:
+            return [float("nan")] * len(self.num_steps_K)
+        loss_KS = torch.stack(losses, dim=1).double().cpu().numpy()
+        # A finished client's loss is that of padding only: where, not a product, keeps NaN out.
+        total_K = np.where(self.num_rows_KS > 0, loss_KS * self.num_rows_KS, 0.0).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            return (total_K / self.num_rows_KS.sum(axis=1)).tolist()
+
+
+def _extended(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
