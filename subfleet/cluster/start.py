@@ -244,8 +244,8 @@ def run_on_ray(
             if error.actor_init_failed:
                 raise RunFailed(f"the coordinator cannot start: {brief(error)}") from error
             raise RunFailed(
-                f"the coordinator's process died ({brief(error)}); the run folder holds the last "
-                "checkpoint: run the same command again with --resume"
+                "the coordinator's process died, as it does when memory runs out; the run folder "
+                "holds the last checkpoint: run the same command again with --resume"
             ) from error
         finally:
             for actor in (coordinator, *actors):
