@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from subfleet.cluster.start import ray_session
 from subfleet.config import Experiment
+from subfleet.core.scaling import Scaling
 from subfleet.datasets import Block
 from subfleet.launch import launch
 
@@ -44,7 +45,7 @@ class MemoryStore:
     """
 
     name, num_clients, num_classes = "philox", CLIENTS, CLASSES
-    input_shape, scale = (1, 28, 28), 1.0
+    input_shape, scale = (1, 28, 28), Scaling()
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

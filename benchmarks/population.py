@@ -55,9 +55,9 @@ class Watch(threading.Thread):
         looked = 0.0
         while not self.over.wait(0.02):
             now = time.perf_counter()
-            if self.first_round_end is None and self.metrics.exists():
-                if self.metrics.stat().st_size:
-                    self.first_round_end = now
+            begun = self.metrics.exists() and self.metrics.stat().st_size > 0
+            if self.first_round_end is None and begun:
+                self.first_round_end = now
             if now - looked > 1:
                 looked = now
                 self.coordinator_bytes = max(self.coordinator_bytes, peak_bytes("ray::Coordinator"))
@@ -125,8 +125,8 @@ def main() -> None:
             f"| {middle['coordinator_gb']:.2f} |"
         )
     print(
-        f"\nseconds a round, {options.large:,} to {options.small:,}: {statistics.median(ratios):.3f} "
-        f"(median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
+        f"\nseconds a round, {options.large:,} to {options.small:,}: "
+        f"{statistics.median(ratios):.3f} (median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
     )
 
 

@@ -82,10 +82,11 @@ def _show(runs: dict[str, Run], folder: Path, seconds: float) -> None:
     console = Console()
     accuracy = {name: run.summary["acc_global"] for name, run in runs.items()}
     console.print(final_table(runs["fedpa"].tiers, title="\nFedPA, tier by tier"))
+    gain = 100 * (accuracy["fedpa"] - accuracy["fedavg"])
     console.print(
         f"FedPA's network reaches {accuracy['fedpa']:.3f} on writers it never saw; FedAvg at the "
-        f"smallest width {accuracy['fedavg']:.3f}: {100 * (accuracy['fedpa'] - accuracy['fedavg']):+.1f} "
-        f"points. Both runs took {duration(seconds)}.",
+        f"smallest width {accuracy['fedavg']:.3f}: {gain:+.1f} points. "
+        f"Both runs took {duration(seconds)}.",
         highlight=False,
     )
     picture = accuracy_plot(

@@ -53,7 +53,7 @@ def train_client(
         weights, rule.lr, momentum=rule.momentum, weight_decay=rule.weight_decay
     )
     x, y, _ = data.block(np.array([client]), stream.part)
-    x, y = torch.from_numpy(np.asarray(x, np.float32) * np.float32(data.scale)), torch.from_numpy(y)
+    x, y = data.scale.apply(torch.from_numpy(np.asarray(x, np.float32))), torch.from_numpy(y)
     schedule = batches.steps(
         stream, len(y), seed=seed, round=round, client=client, min_batch=2 if net.statistics else 1
     )

@@ -26,6 +26,7 @@ from subfleet.core.algorithm import (
     TierSize,
 )
 from subfleet.core.budget import width_map
+from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.datasets.federation import offsets_of
@@ -171,7 +172,7 @@ def run_bundle(
 ) -> BundleResult:
     """A bundle run as a host would."""
     net, seed = algorithm.setting.net, algorithm.setting.seed
-    worker = worker or Worker(Work(net, algorithm, 1.0, seed), data, "cpu")
+    worker = worker or Worker(Work(net, algorithm, Scaling(), seed), data, "cpu")
     bundle = TrainBundle(
         0, round, tuple(tasks), choices(tasks, way, width), 1.0, local_test, own or []
     )
@@ -205,7 +206,7 @@ def each(
         shared={0: shared},
         seed=seed,
         round=round,
-        scale=1.0,
+        scale=Scaling(),
     )
     engine = mapped if way == "vmap" else loop
     out = []
@@ -249,7 +250,7 @@ def one_round(
     )
     plan = algorithm.plan(state, cohort, round)
     worker = Worker(
-        Work(algorithm.setting.net, algorithm, 1.0, algorithm.setting.seed), data, "cpu"
+        Work(algorithm.setting.net, algorithm, Scaling(), algorithm.setting.seed), data, "cpu"
     )
     tasks = sorted(plan.tasks, key=lambda t: variant_name(t.variant))
     bundle = TrainBundle(0, round, tuple(tasks), choices(tasks, way), 1.0)

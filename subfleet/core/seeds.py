@@ -9,6 +9,7 @@ that loop, vmap and CUDA see the same numbers.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def generator(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> n
     >>> a == generator(7, "batches", round=4, client=12).random()
     False
     """
-    return np.random.Generator(np.random.Philox(_Key(_words(seed, round, client, purpose))))
+    key: Any = _Key(_words(seed, round, client, purpose))
+    return np.random.Generator(np.random.Philox(key))
 
 
 def key(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.scaling import Scaling
 from subfleet.core.seeds import generator
 
 PARTS = ("train", "test", "all")
@@ -57,8 +58,8 @@ class Federation(Protocol):
         ...
 
     @property
-    def scale(self) -> float:
-        """What x is multiplied with on the device: 1/255 for pixels in uint8."""
+    def scale(self) -> Scaling:
+        """What turns stored x into the network's input, on the device."""
         ...
 
     def sizes(self, ids: np.ndarray, part: str) -> np.ndarray:

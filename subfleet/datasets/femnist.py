@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from subfleet.core.errors import InputError
+from subfleet.core.scaling import INK
 from subfleet.datasets.store import VERSION, ClientRows, Store, read_manifest, write_store
 
 NUM_CLASSES = 62
@@ -132,7 +133,7 @@ def _prepare(
         name="femnist",
         num_classes=NUM_CLASSES,
         input_shape=SHAPE,
-        scale=1 / 255,
+        scale=INK,
         source=facts,
     )
 

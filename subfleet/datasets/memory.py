@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from subfleet.core.errors import InputError
+from subfleet.core.scaling import PIXELS, Scaling
 from subfleet.datasets.federation import Block, checked_ids, checked_part, offsets_of
 from subfleet.datasets.split import seeded_split
 
@@ -28,7 +29,7 @@ class InMemory:
         offsets: np.ndarray,
         *,
         num_classes: int | None = None,
-        scale: float | None = None,
+        scale: Scaling | None = None,
         seed: int = 0,
         train: np.ndarray | None = None,
         name: str = "in_memory",
@@ -46,7 +47,7 @@ class InMemory:
                 f"0..{self.num_classes - 1}; correct them or raise num_classes"
             )
         self.input_shape: tuple[int, ...] = self._x.shape[1:]
-        self.scale = (1 / 255 if self._x.dtype == np.uint8 else 1.0) if scale is None else scale
+        self.scale = scale or (PIXELS if self._x.dtype == np.uint8 else Scaling())
         if train is not None and len(train) != len(self._y):
             raise InputError(f"train has {len(train)} rows, y {len(self._y)}; give one a row")
         self._train = (

@@ -26,11 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from subfleet.core.errors import InputError, RunFailed, did_you_mean
+from subfleet.core.scaling import Scaling
 from subfleet.datasets.federation import Block, checked_ids, checked_part, offsets_of
 from subfleet.datasets.memory import count_labels
 from subfleet.datasets.split import leaf_split, seeded_split, side_sizes
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("seeded", "leaf")
 _BATCH_BYTES = 64 << 20
 
@@ -63,7 +64,7 @@ class Store:
         self.num_clients: int = self.manifest["clients"]
         self.num_classes: int = self.manifest["num_classes"]
         self.input_shape: tuple[int, ...] = tuple(self.manifest["input_shape"])
-        self.scale: float = self.manifest["scale"]
+        self.scale = Scaling(*self.manifest["scale"])
         self.num_rows: int = self.manifest["rows"]
         self.dropped: list[str] = self.manifest["dropped"]  # names of clients with one row or none
 
@@ -195,7 +196,7 @@ def write_store(
     name: str,
     num_classes: int,
     input_shape: tuple[int, ...],
-    scale: float,
+    scale: Scaling,
     source: dict,
 ) -> None:
     """Writes a store as a whole or not at all: into a folder beside `path`, then renamed.
@@ -215,7 +216,7 @@ def write_store(
             for file in sorted(folder.iterdir())
         }
         manifest = {"version": VERSION, "name": name, **counts, "num_classes": num_classes}
-        manifest |= {"input_shape": list(input_shape), "scale": scale}
+        manifest |= {"input_shape": list(input_shape), "scale": list(scale)}
         manifest |= {"source": source, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in [*folder.iterdir(), folder]:

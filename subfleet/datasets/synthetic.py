@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from subfleet.core.scaling import INK
 from subfleet.datasets.draws import hashes, nearly_normal, row_keys, stream_key, uniforms
 from subfleet.datasets.federation import (
     Block,
@@ -66,7 +67,7 @@ class SyntheticFemnist:
         self.name = "synthetic_femnist"
         self.num_clients, self.num_classes = clients, CLASSES
         self.input_shape: tuple[int, ...] = (1, SIDE, SIDE)
-        self.scale = 1 / 255
+        self.scale = INK
         self.seed = seed
         self._options = {
             "mean_samples": mean_samples,

@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from subfleet.core.scaling import Scaling
 from subfleet.core.seeds import generator
 from subfleet.datasets.draws import hashes, row_keys, stream_key
 from subfleet.datasets.federation import (
@@ -53,7 +54,7 @@ class SyntheticVectors:
         self.name = "synthetic_vectors"
         self.num_clients, self.num_classes = clients, num_classes
         self.input_shape: tuple[int, ...] = (dim,)
-        self.scale = 1.0
+        self.scale = Scaling()
         self.seed, self.samples, self.signal = seed, samples, signal
 
     def __reduce__(self) -> tuple:

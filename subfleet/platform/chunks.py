@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subfleet.core import seeds
 from subfleet.core.algorithm import ClientProgram, ClientResult, ClientTask, Params, Stream
+from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import batches
 from subfleet.platform.record import Choice
@@ -39,7 +40,7 @@ class Rows(Protocol):
 class Images(Protocol):
     """Turns stored rows into what the network takes."""
 
-    def images(self, x: Tensor, scale: float) -> Tensor:
+    def images(self, x: Tensor, scale: Scaling) -> Tensor:
         """Float and scaled, or integer tokens as they are."""
         ...
 
@@ -69,7 +70,7 @@ class Chunk:
     shared: Mapping[int, Params]
     seed: int
     round: int
-    scale: float
+    scale: Scaling
     _slices: dict[tuple[int, bytes], Params] = field(default_factory=dict)
 
     @property

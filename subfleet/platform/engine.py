@@ -24,6 +24,7 @@ from subfleet.core.algorithm import (
     RunProgram,
     StepProgram,
 )
+from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
@@ -42,7 +43,7 @@ class Work:
 
     net: SuperNetwork
     algorithm: Algorithm
-    scale: float
+    scale: Scaling
     seed: int
 
 

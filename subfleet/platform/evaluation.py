@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subfleet.core.algorithm import Evaluation, Params
+from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import loop
 from subfleet.platform.chunks import Chunk, Rows
@@ -26,7 +27,7 @@ def run(
     how: Evaluation,
     blocks: Mapping[str, Rows],
     part: str,
-    scale: float,
+    scale: Scaling,
     adapting: Chunk | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores `params` on every client of a block.
@@ -85,7 +86,7 @@ def fresh_statistics(resident: Resident) -> Params:
 
 
 @torch.no_grad()
-def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: float) -> None:
+def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: Scaling) -> None:
     """Re-estimates BatchNorm statistics as plain means over up to `how.calibrate` batches."""
     norms = [m for m in resident.module.modules() if isinstance(m, _BatchNorm)]
     usual = [norm.momentum for norm in norms]
@@ -103,7 +104,7 @@ def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: float) 
 
 @torch.no_grad()
 def answers(
-    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: float
+    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: Scaling
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row: 1 if the answer is right else 0, and its cross-entropy."""
     resident.module.eval()
@@ -122,7 +123,7 @@ def _losses(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def score(
-    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: float
+    resident: Resident, params: Params, x: np.ndarray, y: np.ndarray, scale: Scaling
 ) -> tuple[float, float, int]:
     """Correct answers, summed loss and samples of one client; leaves the network training."""
     right, loss = answers(resident, params, x, y, scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from textwrap import shorten
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -56,39 +55,27 @@ def longest_first(bundles: Sequence[Bundle]) -> list[Bundle]:
 
 
 class InlineExecutor:
-    """Bundles in the caller's own process, by one worker or by several threads."""
+    """Bundles in the caller's own process and thread, by workers that take turns.
+
+    One worker is enough; several keep separate buffers as hosts do, to show that
+    the result does not depend on who ran what. Threads would gain nothing: small
+    steps hold the interpreter's lock, and torch's tracer and generator are global.
+    """
 
     def __init__(self, work: Work, federation: Federation, device: str = "cpu", workers: int = 1):
         self.device = device
         self.retries = 0
         self._workers = [Worker(work, federation, device) for _ in range(workers)]
-        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
 
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
     ) -> Iterator[BundleResult]:
-        """Every bundle's result; by one worker in dispatch order, else as they end."""
-        order = longest_first(bundles)
-        if self._pool is None:
-            yield from (self._workers[0].run(bundle, shared) for bundle in order)
-            return
-        # A worker's buffers serve one bundle at a time: each thread takes one, then gives it back.
-        free = deque(self._workers)
-
-        def one(bundle: Bundle) -> BundleResult:
-            worker = free.pop()
-            try:
-                return worker.run(bundle, shared)
-            finally:
-                free.append(worker)
-
-        for done in as_completed([self._pool.submit(one, bundle) for bundle in order]):
-            yield done.result()
+        """Every bundle's result, in order of dispatch."""
+        for turn, bundle in enumerate(longest_first(bundles)):
+            yield self._workers[turn % len(self._workers)].run(bundle, shared)
 
     def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """Nothing to let go."""
 
 
 class _Host:

@@ -27,20 +27,16 @@ from subfleet.core.algorithm import (
 )
 from subfleet.platform import kernels, rule
 from subfleet.platform.chunks import Chunk, Trained
-from subfleet.platform.resident import TORCH_RANDOM, Resident, finite
+from subfleet.platform.resident import Resident, finite
 
 
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
     """Runs the chunk's clients in task order, whatever the form of the program."""
     resident.module.train()
     for index in range(len(chunk.tasks)):
-        if not resident.has_dropout:
-            yield _client(chunk, index, resident)
-            continue
-        with TORCH_RANDOM:
+        if resident.has_dropout:  # it draws from torch's own generator
             torch.manual_seed(chunk.noise_key(index))
-            trained = _client(chunk, index, resident)
-        yield trained
+        yield _client(chunk, index, resident)
 
 
 def _client(chunk: Chunk, index: int, net: Resident) -> Trained:

@@ -50,6 +50,10 @@ def _stack(trees: Sequence[Params], device: torch.device) -> Params:
     return {name: torch.stack([tree[name].to(device) for tree in trees]) for name in trees[0]}
 
 
+def _batch(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Batch:
+    return Batch(x, y, weight)
+
+
 def _starts(chunk: Chunk, group: range) -> Params:
     return _stack([chunk.start(i) for i in group], chunk.device)
 
@@ -75,7 +79,7 @@ def _loss_clients(
     keys, inputs = _keys(chunk, group), _inputs(chunk, group)
 
     def loss(trainable, key, held, inputs, x, y, *weight):
-        batch = Batch(x, y, *weight) if weight else Batch(x, y, None)
+        batch = _batch(x, y, *weight)
         return program.loss(net, {**trainable, **held}, batch, Noise(key), inputs)
 
     gradient = vmap(grad_and_value(loss, has_aux=True))
@@ -139,7 +143,7 @@ def _step_clients(
         extra = {} if program.kind is None else {"kind": program.kind(number)}
 
         def one(local, given, key, inputs, extra=extra):
-            whole = {n: Batch(*b) if len(b) == 3 else Batch(*b, None) for n, b in given.items()}
+            whole = {name: _batch(*feed) for name, feed in given.items()}
             return program.step(net, local, whole, Noise(key), inputs, **extra)
 
         given = {name: feed.at(number) for name, feed in feeds.items()}

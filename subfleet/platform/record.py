@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from subfleet.core.errors import InputError
-from subfleet.core.supernet import SuperNetwork
-from subfleet.core.units import IndexMap, has_dropout
+from subfleet.core.supernet import SuperNetwork, has_dropout
+from subfleet.core.units import IndexMap
 
 Way = Literal["loop", "vmap"]
 VERSION = 1
@@ -139,5 +139,3 @@ def choose(
         memory_format="channels_last" if way == "loop" and has_convolutions else "contiguous",
         from_round=round,
     )
-
-

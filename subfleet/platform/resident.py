@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from subfleet.core.algorithm import Params
+from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
 from subfleet.platform import kernels
 from subfleet.platform.record import Choice
 from subfleet.platform.traces import Traces
-
-TORCH_RANDOM = threading.RLock()
-"""Held while torch's own generator, one for the whole process, must not be disturbed."""
 
 
 class Resident:
@@ -32,14 +29,13 @@ class Resident:
     def __init__(self, net: SuperNetwork, map: IndexMap, choice: Choice):
         self.device = torch.device(choice.device)
         self.channels_last = choice.memory_format == "channels_last"
-        with TORCH_RANDOM:
-            module = net.module(map).to(self.device)
+        module = net.module(map).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module: nn.Module = module
         # A chain without hooks runs layer by layer: nn.Module's call costs 3 us a layer.
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        self._layers = [layer.forward for layer in module] if plain else [module]
+        self._layers = [layer.forward for layer in module.children()] if plain else [module]
         self.trainable = dict(module.named_parameters())
         self.statistics = dict(module.named_buffers())
         self.params: Params = {**self.trainable, **self.statistics}
@@ -60,12 +56,10 @@ class Resident:
         with torch.no_grad():
             kernels.copy_([self.params[n] for n in names], [params[n] for n in names])
 
-    def images(self, x: Tensor, scale: float) -> Tensor:
+    def images(self, x: Tensor, scale: Scaling) -> Tensor:
         """Rows as the network wants them: float and scaled, or integer tokens as they are."""
         if x.dtype == torch.uint8 or x.is_floating_point():
-            x = x.to(self.device, torch.float32)
-            if scale != 1.0:
-                x = x * scale
+            x = scale.apply(x.to(self.device, torch.float32))
         else:
             x = x.to(self.device)
         if self.channels_last and x.dim() == 4:

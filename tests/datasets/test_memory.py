@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from subfleet.core.errors import InputError
+from subfleet.core.scaling import PIXELS, Scaling
 from subfleet.datasets import Federation, InMemory
 
 Y = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
@@ -15,7 +16,12 @@ DATA = InMemory(X, Y, np.array([0, 5, 5, 10]), train=np.arange(10) % 5 != 4)
 
 def test_it_is_a_federation():
     assert isinstance(DATA, Federation)
-    assert (DATA.num_clients, DATA.num_classes, DATA.input_shape, DATA.scale) == (3, 3, (2,), 1.0)
+    assert (DATA.num_clients, DATA.num_classes, DATA.input_shape, DATA.scale) == (
+        3,
+        3,
+        (2,),
+        Scaling(),
+    )
 
 
 def test_blocks_keep_the_order_asked_for():
@@ -44,7 +50,7 @@ def test_it_pickles_with_its_split():
 
 
 def test_pixels_in_bytes_are_scaled():
-    assert InMemory(X.astype(np.uint8), Y, np.array([0, 10])).scale == 1 / 255
+    assert InMemory(X.astype(np.uint8), Y, np.array([0, 10])).scale == PIXELS
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.core.scaling import Scaling
 from subfleet.datasets import ClientRows, Federation, Store, store, write_store
 
-FACTS = {"name": "toy", "num_classes": 4, "input_shape": (2, 3), "scale": 0.5, "source": {}}
+FACTS = {
+    "name": "toy",
+    "num_classes": 4,
+    "input_shape": (2, 3),
+    "scale": Scaling(0.5, 1.0),
+    "source": {},
+}
 
 
 def _clients(dtype=np.uint8, count=6):
@@ -32,7 +39,7 @@ def written(request, tmp_path):
 def test_rows_come_back_as_they_were(written):
     data, clients = written
     assert isinstance(data, Federation)
-    assert (data.num_clients, data.num_rows, data.scale) == (6, 33, 0.5)
+    assert (data.num_clients, data.num_rows, data.scale) == (6, 33, Scaling(0.5, 1.0))
     assert data.client_names == [f"c{i}" for i in range(6)]
     block = data.block(np.array([4, 0, 4]), "all")
     assert block.x.dtype == clients[0].x.dtype
@@ -156,7 +163,7 @@ def test_wrong_arguments_are_input_errors(tmp_path):
     write_store(tmp_path / "toy", _clients(), **FACTS)
     manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
     (tmp_path / "toy" / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
-    with pytest.raises(InputError, match="store version 0, needed is 1"):
+    with pytest.raises(InputError, match="store version 0, needed is 2"):
         Store(tmp_path / "toy")
 
 

@@ -97,7 +97,7 @@ def test_drawing_is_quick():
 def test_a_small_network_learns_it():
     torch.manual_seed(0)
     some = DATA.block(np.arange(60), "train")
-    x, y = torch.tensor(some.x) * DATA.scale, torch.tensor(some.y)
+    x, y = DATA.scale.apply(torch.tensor(some.x)), torch.tensor(some.y)
     layers = [torch.nn.Conv2d(1, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten()]
     net = torch.nn.Sequential(*layers, torch.nn.Linear(8 * 169, 62))
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
@@ -107,7 +107,7 @@ def test_a_small_network_learns_it():
             torch.nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
             optimiser.step()
     fresh = DATA.block(np.arange(900, 930), "all")
-    guess = net(torch.tensor(fresh.x) * DATA.scale).argmax(1)
+    guess = net(DATA.scale.apply(torch.tensor(fresh.x))).argmax(1)
     assert (guess == torch.tensor(fresh.y)).float().mean() > 0.45
 
 

@@ -24,6 +24,7 @@ from subfleet.core.algorithm import (
     Stream,
 )
 from subfleet.core.errors import InputError
+from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.datasets.synthetic import SyntheticFemnist
 from subfleet.models import chain, small_cnn
@@ -286,7 +287,7 @@ def test_a_task_starts_from_the_tree_that_it_names(way):
     net, data = toys.mlp(), toys.all_train([5, 9, 6], (6,), 3)
     algorithm = toys.OneProgram(toys.setting(net), loss_program())
     trees = {4: net.init(1), 7: net.init(2)}
-    worker = Worker(Work(net, algorithm, 1.0, 0), data, "cpu")
+    worker = Worker(Work(net, algorithm, Scaling(), 0), data, "cpu")
     tasks = [replace(toys.task(net, c), shared=v) for c, v in enumerate((7, 4, 7))]
     bundle = TrainBundle(0, 1, tuple(tasks), toys.choices(tasks, way), 1.0)
     update = worker.run(bundle, trees).update
@@ -568,7 +569,7 @@ def test_a_bundle_run_again_gives_the_same_bits_whatever_ran_before(way):
     data, shared = toys.federation(SIZES, (1, 8, 8), 4), net.init(0)
     algorithm = toys.OneProgram(toys.setting(net), loss_program(RULES["momentum"]))
     tasks = mapped_tasks(net, [0, 2, 4])
-    worker = Worker(Work(net, algorithm, 1.0, 0), data, "cpu")
+    worker = Worker(Work(net, algorithm, Scaling(), 0), data, "cpu")
 
     def once(tasks, worker):
         found = toys.run_bundle(algorithm, tasks, data, shared, way, local_test=True, worker=worker)
@@ -577,7 +578,7 @@ def test_a_bundle_run_again_gives_the_same_bits_whatever_ran_before(way):
     first, table = once(tasks, worker)
     once(mapped_tasks(net, [5, 1]), worker)
     again, again_table = once(tasks, worker)
-    elsewhere, _ = once(tasks, Worker(Work(net, algorithm, 1.0, 0), data, "cpu"))
+    elsewhere, _ = once(tasks, Worker(Work(net, algorithm, Scaling(), 0), data, "cpu"))
     assert toys.same_bits(first, again) and toys.same_bits(first, elsewhere)
     assert table["acc_local"].tolist() == again_table["acc_local"].tolist()
 

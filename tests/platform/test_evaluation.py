@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from subfleet.algorithms.local import cross_entropy
 from subfleet.core.algorithm import Evaluation, LocalRule, LossProgram, Stream
+from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation
 from subfleet.platform.bundles import EvalBundle
@@ -19,10 +20,12 @@ from subfleet.platform.worker import Worker
 
 SIZES = [10, 300, 1, 7]  # more than one batch of 256 rows, and a client with nothing to test on
 
+PLAIN = Scaling()
+
 
 def evaluate(net, data, params, how=None, *, views=None, part="test", ids=None):
     algorithm = toys.OneProgram(toys.setting(net), None, evaluates=how or Evaluation())
-    worker = Worker(Work(net, algorithm, 1.0, 0), data, "cpu")
+    worker = Worker(Work(net, algorithm, Scaling(), 0), data, "cpu")
     ids = np.arange(data.num_clients) if ids is None else np.array(ids)
     bundle = EvalBundle(0, 1, ids, views or {"global": toys.FULL}, part, 1.0)
     return worker.run(bundle, {0: params}).table
@@ -76,7 +79,9 @@ def test_calibration_is_the_mean_of_batch_means_and_unbiased_variances():
     hidden = x @ params["fc0.weight"].T + params["fc0.bias"]
     for order in (torch.arange(10), torch.arange(10).flip(0)):  # batches 4, 4, 2 and reversed
         resident.load(params | evaluation.fresh_statistics(resident))
-        evaluation.calibrate(resident, x[order].numpy(), Evaluation(calibrate=20, batch=4), 1.0)
+        evaluation.calibrate(
+            resident, x[order].numpy(), Evaluation(calibrate=20, batch=4), Scaling()
+        )
         cut = hidden[order].split(4)
         mean = torch.stack([b.mean(0) for b in cut]).mean(0)
         var = torch.stack([b.var(0, unbiased=True) for b in cut]).mean(0)
@@ -92,7 +97,9 @@ def test_calibration_stops_after_its_batches_and_skips_single_rows():
     hidden = x @ params["fc0.weight"].T + params["fc0.bias"]
     for calibrate, batches in ((1, [hidden[:4]]), (20, [hidden[:4], hidden[4:8]])):
         resident.load(params | evaluation.fresh_statistics(resident))
-        evaluation.calibrate(resident, x.numpy(), Evaluation(calibrate=calibrate, batch=4), 1.0)
+        evaluation.calibrate(
+            resident, x.numpy(), Evaluation(calibrate=calibrate, batch=4), Scaling()
+        )
         mean = torch.stack([b.mean(0) for b in batches]).mean(0)
         torch.testing.assert_close(resident.statistics["norm0.running_mean"], mean)
 
@@ -102,7 +109,7 @@ def test_calibration_leaves_the_networks_own_momentum():
     net = toys.mlp(hidden=(5,), norm=True)
     resident = Resident(net, toys.FULL, Choice("a", "cpu", "loop"))
     resident.module.get_submodule("norm0").momentum = 0.37  # type: ignore
-    evaluation.calibrate(resident, np.ones((4, 6), np.float32), Evaluation(calibrate=1), 1.0)
+    evaluation.calibrate(resident, np.ones((4, 6), np.float32), Evaluation(calibrate=1), PLAIN)
     assert resident.module.get_submodule("norm0").momentum == 0.37
 
 

@@ -66,8 +66,13 @@ def way(net, device="cpu", engine="auto", forced=None):
 
 
 def test_auto_loops_on_cpus_and_maps_on_gpus():
-    assert way(toys.mlp()) == "loop"
-    assert way(toys.mlp(), "cuda") == "vmap"
+    assert way(toys.cnn()) == "loop"
+    assert way(toys.cnn(), "cuda") == "vmap"
+    assert way(toys.mlp()) == "vmap", "small and dense: steps are mostly overhead"
+    large = chain(
+        "large", nn.Sequential(OrderedDict(fc=nn.Linear(784, 512), out=nn.Linear(512, 9))), (784,)
+    )
+    assert way(large) == "loop", "four clients' parameters leave the cache"
     assert way(toys.mlp(), engine="vmap") == "vmap"
     assert way(toys.mlp(), "cuda", "loop") == "loop"
 
@@ -92,6 +97,6 @@ def test_images_loop_in_channels_last_and_are_mapped_contiguously():
 
 def test_variants_are_known_by_their_repr():
     assert variant_name((8, 4)) == "(8, 4)"
-    assert choose(toys.mlp(), (8, 4), "cpu", "auto", None, 3) == Choice(
+    assert choose(toys.mlp(), (8, 4), "cpu", "loop", None, 3) == Choice(
         "(8, 4)", "cpu", "loop", from_round=3
     )

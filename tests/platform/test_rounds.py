@@ -303,7 +303,6 @@ def test_a_phase_for_a_tier_that_no_training_client_has_is_refused(tmp_path):
 
 
 def test_dropout_draws_do_not_depend_on_the_number_of_workers(tmp_path):
-    """torch's own generator is one for all threads."""
     layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)]
     net = chain("dropping", layers, (6,))
     algorithm = FedPA(toys.setting(net, (1.0, 0.5), rounds=3))
