@@ -126,7 +126,8 @@ def main() -> None:
         )
     print(
         f"\nseconds a round, {options.large:,} to {options.small:,}: "
-        f"{statistics.median(ratios):.3f} (median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
+        f"{statistics.median(ratios):.3f} "
+        f"(median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
     )
 
 

@@ -266,7 +266,8 @@ def one_round(
 def job(algorithm: Algorithm, data: InMemory, **options: Any) -> Job:
     """A run of an algorithm in its own setting; `options` are those of `RunOptions`."""
     given = algorithm.setting
-    options = {"rounds": given.rounds, "cohort": 4, "eval_every": 0} | options
+    # The loop, where a test does not ask otherwise: tracing mapped steps takes seconds.
+    options = {"rounds": given.rounds, "cohort": 4, "eval_every": 0, "engine": "loop"} | options
     return Job(
         work=Work(given.net, algorithm, data.scale, given.seed),
         federation=data,
