@@ -1,0 +1,92 @@
+"""The examples and the demo do what they say."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launch import tables
+from typer.testing import CliRunner
+
+from subfleet.cli import app
+from subfleet.config import Experiment
+from subfleet.core.errors import InputError
+from subfleet.demo import demo, quickstart
+from subfleet.launch import launch
+
+
+def test_the_quickstart_is_the_demos_experiment(root: Path) -> None:
+    assert Experiment.load(root / "examples" / "quickstart.toml") == quickstart()
+    assert quickstart().data.clients == 1000 and len(quickstart().fleet.tiers) == 3
+
+
+def test_an_algorithm_of_ones_own_runs_by_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "examples")
+    arguments = ["run", "own_algorithm.toml", "--local", "--out", str(tmp_path / "run")]
+    arguments += ["--set", "run.rounds=6", "--set", "data.clients=40", "--set", "run.cohort=4"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
+    tree = ast.parse((root / "examples" / "own_algorithm.py").read_text())
+    assert tree.body[-1].end_lineno <= 45, "the example promises to be short"
+
+
+def test_the_own_algorithm_checks_its_options(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "examples")
+    arguments = ["run", "own_algorithm.toml", "--local", "--out", str(tmp_path / "run")]
+    wrong = CliRunner().invoke(app, [*arguments, "--set", "algorithm.mu=-1.0"])
+    assert wrong.exit_code == 2 and "algorithm.mu=-1.0 is negative" in wrong.stderr
+
+
+def test_femnist_runs_on_real_writers(
+    root: Path, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBFLEET_CACHE", str(tmp_path / "cache"))
+    experiment = Experiment.load(root / "examples" / "femnist.toml").with_values(
+        {"data.source": str(real_data / "femnist"), "run.rounds": 4, "run.eval_every": 0}
+    )
+    run = launch(experiment, out=tmp_path / "run", local=True)
+    assert sum(tier["clients"] for tier in run.tiers) == 89
+    assert run.metrics[-1]["loss_train"] < run.metrics[0]["loss_train"]
+    assert set(run.summary["acc_tier"]) == {"high", "medium", "low"}
+
+
+def test_the_demo_compares_two_runs_and_says_what_to_type_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    experiment = Experiment(**tables())
+    runs = demo(out=tmp_path / "demo", local=True, experiment=experiment)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(tmp_path / "demo" / "fedpa")
+    assert any("tensorboard --logdir" in line for line in printed)
+    assert (tmp_path / "demo" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert runs["fedavg"].summary["params_mean"] < runs["fedpa"].summary["params_mean"]
+    with pytest.raises(InputError, match="holds a demo already"):
+        demo(out=tmp_path / "demo", local=True, experiment=experiment)
+
+
+def test_tensorboard_shows_a_real_run(tmp_path: Path) -> None:
+    run = launch(Experiment(**tables()), out=tmp_path / "run", local=True)
+    events = EventAccumulator(str(run.path / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {
+        "loss/train",
+        "accuracy/global",
+        "accuracy/local",
+        "accuracy/tier/high",
+        "accuracy/tier/low",
+        "cost/bytes_up",
+        "platform/clients_per_s",
+        "fleet/coverage_min",
+    }
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    written = [record["loss_train"] for record in run.metrics]
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(written)
+    assert any(tag.startswith("coverage") for tag in events.Tags()["histograms"])

@@ -1,0 +1,85 @@
+"""Sweeps: cells are run once, taken up where they stopped, and summed up over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from test_launch import tables
+from typer.testing import CliRunner
+
+from subfleet.cli import app
+from subfleet.config import Experiment
+from subfleet.core.errors import InputError
+from subfleet.launch import Run
+from subfleet.sweep import cells, grid_points, plus_minus, run_cells, sweep, table
+
+GRID = {"algorithm.name": ["fedpa", "fedavg"]}
+
+
+def base() -> Experiment:
+    return Experiment(**tables(run__rounds=2))
+
+
+def test_a_grid_is_the_product_of_its_axes() -> None:
+    points = grid_points({"train.lr": [0.1, 0.2], "algorithm.name": ["fedpa", "fedavg"]})
+    assert list(points.values()) == [
+        {"train.lr": 0.1, "algorithm.name": "fedpa"},
+        {"train.lr": 0.1, "algorithm.name": "fedavg"},
+        {"train.lr": 0.2, "algorithm.name": "fedpa"},
+        {"train.lr": 0.2, "algorithm.name": "fedavg"},
+    ]
+    assert list(grid_points({})) == ["all"]
+
+
+def test_finished_cells_are_not_run_again_and_cut_ones_go_on(tmp_path: Path) -> None:
+    todo = cells(base(), [0, 1], grid_points(GRID), tmp_path)
+    assert len({cell.folder for cell in todo}) == 4
+    # One cell was cut short before: only its first round is there.
+    cut = todo[2].experiment.with_values({"run.max_seconds": 1e-3})
+    run_cells([type(todo[2])("cut", {}, cut, todo[2].folder)], local=True)
+    assert todo[2].done() is None
+    runs = run_cells(todo, local=True)
+    assert [run.summary["rounds"] for run in runs] == [2, 2, 2, 2]
+    stamps = [(cell.folder / "summary.json").stat().st_mtime_ns for cell in todo]
+    said: list[str] = []
+    again = run_cells(todo, local=True, say=said.append)
+    assert [(cell.folder / "summary.json").stat().st_mtime_ns for cell in todo] == stamps
+    assert said == ["4 cells, 4 finished before, 0 to run"]
+    assert [run.summary for run in again] == [run.summary for run in runs]
+
+
+def test_the_table_has_mean_and_sample_sd_over_seeds(tmp_path: Path) -> None:
+    todo = cells(base(), [0, 1, 2], grid_points(GRID), tmp_path)
+    values = [0.5, 0.6, 0.7, 0.1, 0.2, 0.6]
+    runs = [
+        Run(cell.folder, {"acc_global": value, "params_mean": 10.0})
+        for cell, value in zip(todo, values, strict=True)
+    ]
+    rows = table(todo, runs)
+    assert [row["cell"] for row in rows] == ["name=fedpa", "name=fedavg"]
+    assert rows[0]["acc_global"] == pytest.approx(0.6)
+    assert rows[0]["acc_global_sd"] == pytest.approx(0.1)
+    assert rows[1]["acc_global_sd"] == pytest.approx(statistics.stdev([0.1, 0.2, 0.6]))
+    assert plus_minus(rows[0], "acc_global") == "0.600 ± 0.100"
+    assert plus_minus(rows[0], "acc_local") == "–"
+
+
+def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_text(base().to_toml())
+    arguments = ["sweep", str(path), "--seeds", "0,1", "--local", "--out", str(tmp_path / "cells")]
+    arguments += ["--set", "algorithm.name=fedpa,fedavg"]
+    plain = CliRunner().invoke(app, arguments)
+    assert plain.exit_code == 0 and "name=fedavg" in plain.stdout and "±" in plain.stdout
+    rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [row["seeds"] for row in rows] == [2, 2]
+    assert all(0 <= row["acc_global"] <= 1 for row in rows)
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        sweep(base(), seeds=[0], grid={}, out=tmp_path / "file", local=True)
