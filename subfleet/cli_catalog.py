@@ -24,7 +24,6 @@ data_app = typer.Typer(
     help="Data sets and partitions.", no_args_is_help=True, rich_markup_mode=None
 )
 
-_FROM_DATA = frozenset({"input_shape", "num_classes"})  # the model's own keys are the others
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -76,7 +75,7 @@ def data_list(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     rows = [
         {
             "name": name,
-            "options": ", ".join(registry.option_names(factory, frozenset({"seed"}))),
+            "options": ", ".join(registry.option_names(factory, registry.DATA_GIVEN)),
             "what": _first_line(factory),
         }
         for name, factory in sorted(registry.data_sets().items())
@@ -103,7 +102,7 @@ def models_list(as_json: JsonOption = False, debug: DebugOption = False) -> None
                 "name": name,
                 "params": cost.params,
                 "macs": cost.macs,
-                "options": ", ".join(registry.option_names(factory, _FROM_DATA)),
+                "options": ", ".join(registry.option_names(factory, registry.MODEL_GIVEN)),
                 "what": _first_line(factory),
             }
         )

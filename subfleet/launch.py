@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ from subfleet.core.algorithm import LocalRule, Params, Setting, Stream, TierSize
 from subfleet.core.budget import Tier, width_map
 from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork
-from subfleet.dashboards.console import ConsoleProgress
+from subfleet.dashboards.console import ConsoleProgress, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
@@ -65,14 +65,19 @@ class Run:
         return [row | {"accuracy": accuracy.get(row["tier"])} for row in rows]
 
 
-def assemble(experiment: Experiment, record: EngineRecord | None = None) -> Job:
+def assemble(
+    experiment: Experiment,
+    record: EngineRecord | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Job:
     """Builds data set, super-network, fleet and algorithm of an experiment.
 
-    Raises `InputError` for whatever does not fit together.
+    `progress(what, done, total)` hears of long preparations of data. Raises
+    `InputError` for whatever does not fit together.
     """
     registry.check_names(experiment)
     seed = experiment.run.seed
-    federation = registry.build_data(experiment.data, seed=seed)
+    federation = registry.build_data(experiment.data, seed=seed, progress=progress)
     net = registry.build_model(
         experiment.model, input_shape=federation.input_shape, num_classes=federation.num_classes
     )
@@ -150,7 +155,7 @@ def launch(
         RunFailed: The run could not be finished.
     """
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
-    job = assemble(experiment, record)
+    job = assemble(experiment, record, Preparation(progress) if progress is not None else None)
     device = local_device(experiment.run.device) if local else experiment.run.device
     folder = _folder(experiment, out, resume)
     _write_tiers(folder, job)

@@ -28,6 +28,10 @@ from subfleet.core.errors import InputError, did_you_mean
 
 Factory = Callable[..., Any]
 
+# What the platform knows and hands to a factory that has a parameter of that name.
+DATA_GIVEN = frozenset({"seed", "progress"})
+MODEL_GIVEN = frozenset({"input_shape", "num_classes"})
+
 
 def algorithms() -> Mapping[str, type[Algorithm]]:
     """The built-in algorithms by name."""

@@ -103,6 +103,27 @@ class ConsoleProgress:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+class Preparation:
+    """Says every few seconds how far the preparation of a data set has come.
+
+    Short ones pass without a word.
+    """
+
+    def __init__(self, console: Console, *, interval_s: float = 3.0) -> None:
+        self._console = console
+        self._interval_s = interval_s
+        self._said_s = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `what` are over."""
+        now = time.monotonic()
+        if now - self._said_s >= self._interval_s:
+            self._said_s = now
+            self._console.print(
+                f"preparing data: {what} {done}/{total}", markup=False, highlight=False
+            )
+
+
 def final_table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
     """One line a tier; a row has tier, clients, params, mflops and accuracy (0–1), or None."""
     table = Table(title=title, title_justify="left")

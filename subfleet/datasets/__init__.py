@@ -1,12 +1,22 @@
 """Data sets as federations: clients by number, their rows on demand."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 from subfleet.datasets.federation import Block, Federation, split_clients
 from subfleet.datasets.femnist import open_femnist
 from subfleet.datasets.memory import InMemory
-from subfleet.datasets.sets import SETS, open_set
 from subfleet.datasets.store import ClientRows, Store, write_store
 from subfleet.datasets.synthetic import SyntheticFemnist
 from subfleet.datasets.vectors import SyntheticVectors
+
+SETS: dict[str, Callable[..., Federation]] = {
+    "femnist": open_femnist,
+    "synthetic_femnist": SyntheticFemnist,
+    "synthetic_vectors": SyntheticVectors,
+}
+"""What configuration knows by name; a factory's parameters are the keys of `[data]`."""
 
 __all__ = [
     "SETS",
@@ -18,7 +28,6 @@ __all__ = [
     "SyntheticFemnist",
     "SyntheticVectors",
     "open_femnist",
-    "open_set",
     "split_clients",
     "write_store",
 ]

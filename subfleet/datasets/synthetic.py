@@ -47,7 +47,7 @@ class SyntheticFemnist:
 
     def __init__(
         self,
-        clients: int,
+        clients: int = 1000,
         seed: int = 0,
         *,
         mean_samples: float = 120.0,

@@ -38,7 +38,7 @@ class SyntheticVectors:
 
     def __init__(
         self,
-        clients: int,
+        clients: int = 1000,
         seed: int = 0,
         *,
         samples: int = 63,

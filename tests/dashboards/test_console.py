@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from subfleet.dashboards.console import ConsoleProgress, print_end
+from subfleet.dashboards.console import ConsoleProgress, Preparation, print_end
 
 ROWS = [
     {"tier": "high", "clients": 333, "params": 1_234_567, "mflops": 29.353, "accuracy": 0.777},
@@ -72,3 +72,10 @@ def test_progress_goes_to_stderr(capsys):
     play(ConsoleProgress(2, interval_s=0), 2)
     got = capsys.readouterr()
     assert got.out == "" and "2/2" in got.err
+
+
+def test_long_preparations_are_spoken_of_and_short_ones_are_not() -> None:
+    for interval_s, words in [(0.0, "preparing data: read 3/17"), (60.0, "")]:
+        console = Console(file=io.StringIO(), width=80)
+        Preparation(console, interval_s=interval_s)("read", 3, 17)
+        assert console.file.getvalue().strip() == words
