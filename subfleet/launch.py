@@ -18,9 +18,10 @@ import torch
 from subfleet import registry
 from subfleet.config import Experiment, TrainTable
 from subfleet.config import Tier as TierTable
-from subfleet.core.algorithm import LocalRule, Params, Setting, Stream, TierSize
+from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Tier, width_map
 from subfleet.core.errors import InputError
+from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from subfleet.algorithms.local import IndexedAveraging
-from subfleet.core.algorithm import ClientTask, LocalRule, Params, Stream
+from subfleet.core.program import ClientTask, LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.datasets.federation import Federation

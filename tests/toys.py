@@ -11,21 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from subfleet.core.algorithm import (
-    Algorithm,
-    ClientProgram,
-    ClientTask,
-    Cohort,
-    Evaluation,
-    LocalRule,
-    Params,
-    Phase,
-    Setting,
-    State,
-    Stream,
-    TierSize,
-)
+from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, Setting, State, TierSize
 from subfleet.core.budget import width_map
+from subfleet.core.program import ClientProgram, ClientTask, LocalRule, Params, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap

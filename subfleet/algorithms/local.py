@@ -12,22 +12,8 @@ from torch import Tensor
 
 from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
-from subfleet.core.algorithm import (
-    Algorithm,
-    Batch,
-    ClientResult,
-    ClientTask,
-    Cohort,
-    Evaluation,
-    LossProgram,
-    Net,
-    Noise,
-    Params,
-    Phase,
-    Reduced,
-    RoundPlan,
-    State,
-)
+from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, Reduced, RoundPlan, State
+from subfleet.core.program import Batch, ClientResult, ClientTask, LossProgram, Net, Noise, Params
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 

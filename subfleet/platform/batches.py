@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from subfleet.core import seeds
-from subfleet.core.algorithm import Stream
+from subfleet.core.program import Stream
 
 
 def _pass_order(

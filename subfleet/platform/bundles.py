@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from subfleet.core.aggregate import Update
-from subfleet.core.algorithm import ClientTask, Collected, Params
+from subfleet.core.algorithm import Collected
+from subfleet.core.program import ClientProgram, ClientTask, Params, RunProgram, StepProgram
 from subfleet.core.units import IndexMap
 from subfleet.platform.record import Choice, variant_name
 
@@ -24,6 +25,7 @@ from subfleet.platform.record import Choice, variant_name
 # multiply-accumulates per second. Measured figures would make the cut depend on the machine.
 STEP_SECONDS = 4e-4
 MACS_PER_SECOND = 1e10
+BACKWARD = 3  # a training step costs a forward pass and about two more for gradients
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class BundleResult:
     collected: list[Collected] | None = None
     kept: list[Params | None] = field(default_factory=list)
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> float:
+    """Nominal seconds of a client's training; `macs` are those of one forward pass."""
+    if isinstance(program, RunProgram):
+        steps, rows = 1, task.num_samples
+    else:
+        streams = program.streams.values() if isinstance(program, StepProgram) else [program.stream]
+        stream = next(iter(streams))  # the first sets the number of steps
+        steps = stream.num_steps(task.num_samples)
+        size = stream.rows(task.num_samples)
+        rows = steps * (size if stream.batch is None else min(stream.batch, size))
+    return steps * STEP_SECONDS + BACKWARD * macs * rows / MACS_PER_SECOND
 
 
 def auto_count(cohort: int) -> int:

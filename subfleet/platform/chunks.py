@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from subfleet.core import seeds
-from subfleet.core.algorithm import ClientProgram, ClientResult, ClientTask, Params, Stream
+from subfleet.core.program import ClientProgram, ClientResult, ClientTask, Params, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import batches

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from subfleet.core import aggregate
-from subfleet.core.algorithm import (
-    Algorithm,
+from subfleet.core.algorithm import Algorithm, Collected
+from subfleet.core.program import (
     ClientResult,
     ClientTask,
-    Collected,
     LossProgram,
     Params,
     RunProgram,
@@ -28,13 +27,12 @@ from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
-from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle
+from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.record import Choice, choose, variant_name
 from subfleet.platform.resident import Resident
 
 OK, SKIPPED = "ok", "skipped"  # skipped: its training was not finite
-BACKWARD = 3  # a training step costs a forward pass and about two more for gradients
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subfleet.core.algorithm import Evaluation, Params
+from subfleet.core.algorithm import Evaluation
+from subfleet.core.program import Params
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import loop

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from subfleet.core.algorithm import Params
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.core.program import Params
 from subfleet.datasets.federation import Federation
 from subfleet.platform.bundles import Bundle, BundleResult
 from subfleet.platform.engine import Work

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subfleet.core.algorithm import Stream
+from subfleet.core.program import Stream
 from subfleet.platform import batches
 from subfleet.platform.chunks import Chunk
 from subfleet.platform.resident import Resident

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subfleet.core import seeds
-from subfleet.core.algorithm import (
+from subfleet.core.program import (
     Batch,
     ClientResult,
     LossProgram,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from subfleet.core.algorithm import Batch, ClientResult, LossProgram, Noise, Params, StepProgram
+from subfleet.core.program import Batch, ClientResult, LossProgram, Noise, Params, StepProgram
 from subfleet.platform import rule
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.feed import Feed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from subfleet.core.algorithm import Params
+from subfleet.core.program import Params
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap

@@ -9,32 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from subfleet.core import aggregate, seeds
+from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
-from subfleet.core.algorithm import (
-    ClientTask,
-    Cohort,
-    LossProgram,
-    Phase,
-    Reduced,
-    RoundPlan,
-    RunProgram,
-    State,
-    StepProgram,
-)
-from subfleet.core.errors import InputError, RunFailed
-from subfleet.datasets.federation import split_clients
+from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
+from subfleet.core.errors import RunFailed
+from subfleet.core.program import ClientTask, RunProgram
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.clock import PhaseClock
-from subfleet.platform.engine import BACKWARD, SKIPPED
+from subfleet.platform.engine import SKIPPED
 from subfleet.platform.executor import Executor
 from subfleet.platform.job import Job
 from subfleet.platform.kept import KeptStore
@@ -42,6 +31,7 @@ from subfleet.platform.measure import Evaluated, client_columns, local_accuracy,
 from subfleet.platform.metrics import ClientsLog, MetricsLog, Observer, params_sha256, summarise
 from subfleet.platform.record import EngineRecord, choose, variant_name
 from subfleet.platform.reduce import ReductionTree
+from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
 
 
@@ -59,16 +49,14 @@ class Rounds:
         self.net = job.work.net
         self.seed = job.work.seed
         self.options = job.options
-        self.train_ids, self.held_out = split_clients(self.seed, job.federation.num_clients)
+        self.roster = Roster(job)
         self.clock = PhaseClock()
         self.kept: KeptStore
         self.record = job.record
-        self.last_round = np.full(job.federation.num_clients, -1, np.int32)
-        self.reports: dict[int, dict[str, Any]] = {}
         self.done = 0
         self.phase_name = ""
         self.state: State = {}
-        self.last_tasks: Sequence[ClientTask] = ()
+        self.mean_cost = (float("nan"), float("nan"))  # of the last round's clients
 
     # --- the whole run -----------------------------------------------------------------------
 
@@ -125,7 +113,7 @@ class Rounds:
 
     def _finish(self, metrics: MetricsLog, *, finished: bool) -> dict[str, Any]:
         model = self.algorithm.model(self.state)
-        params, macs = self._mean_cost()
+        params, macs = self.mean_cost
         summary = summarise(
             metrics.read(),
             seed=self.seed,
@@ -140,17 +128,6 @@ class Rounds:
             observer.on_end(summary)
         return summary
 
-    def _mean_cost(self) -> tuple[float, float]:
-        """Mean parameters and MACs of the sub-networks of the last round's clients."""
-        if not self.last_tasks:
-            return float("nan"), float("nan")
-        costs = {task.map.key: self.net.cost(task.map).macs for task in self.last_tasks}
-        sizes = {
-            task.map.key: self.net.stored_params(task.map, "local") for task in self.last_tasks
-        }
-        keys = [task.map.key for task in self.last_tasks]
-        return float(np.mean([sizes[k] for k in keys])), float(np.mean([costs[k] for k in keys]))
-
     # --- one round ---------------------------------------------------------------------------
 
     def _round(self, round: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
@@ -162,7 +139,7 @@ class Rounds:
             if phase.name != self.phase_name:
                 self.state = self.algorithm.enter(phase, self.state)
                 self.phase_name = phase.name
-            cohort = self._cohort(phase, round)
+            cohort = self.roster.cohort(phase, round)
             plan = self.algorithm.plan(self.state, cohort, round)
             bundles = self._bundles(phase, plan, round, local_test=measured)
         results, reduced = self._train(bundles, plan, collect=phase.reduction == "collect")
@@ -173,7 +150,7 @@ class Rounds:
         trained_s = perf_counter() - started
         evaluated = self._evaluate(round) if measured else None
         with self.clock.phase("metrics"):
-            rows = client_columns(results, self.fleet_names, self._bytes_down(plan))
+            rows = client_columns(results, self.roster.tier_names, self._bytes_down(plan))
             coverage = self._coverage(reduced)
             record = round_record(
                 round,
@@ -187,40 +164,6 @@ class Rounds:
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
 
-    @cached_property
-    def fleet_names(self) -> list[str]:
-        """Tier names by index."""
-        return [tier.name for tier in self.job.fleet.tiers]
-
-    def _cohort(self, phase: Phase, round: int) -> Cohort:
-        pool = self._pool(phase.eligible)
-        size = self.options.cohort
-        if phase.fraction is not None:
-            size = max(1, int(phase.fraction * len(pool) + 0.5))
-        generator = seeds.generator(self.seed, "cohort", round=round)
-        ids = np.sort(pool[generator.choice(len(pool), min(size, len(pool)), replace=False)])
-        federation = self.job.federation
-        return Cohort(
-            id=ids,
-            num_samples=federation.sizes(ids, "train"),
-            tier=self.job.fleet.tier_of[ids],
-            label_counts=federation.label_counts(ids) if phase.wants_labels else None,
-            last_round=self.last_round[ids],
-            report=[self.reports.get(client) for client in ids.tolist()],
-        )
-
-    def _pool(self, eligible: tuple[str, ...] | None) -> np.ndarray:
-        if eligible is None:
-            return self.train_ids
-        wanted = [i for i, name in enumerate(self.fleet_names) if name in eligible]
-        pool = self.train_ids[np.isin(self.job.fleet.tier_of[self.train_ids], wanted)]
-        if not len(pool):
-            raise InputError(
-                f"no training client is in the tiers {', '.join(eligible)}; "
-                "give them a larger share in [fleet], or use more clients"
-            )
-        return pool
-
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool
     ) -> list[TrainBundle]:
@@ -231,14 +174,11 @@ class Rounds:
         }
         per = self.options.bundle_clients
         count = -(-len(plan.tasks) // per) if per else bundling.auto_count(len(plan.tasks))
-        macs = {task.map.key: task.map for task in plan.tasks}
-        cost = {key: self.net.cost(map).macs for key, map in macs.items()}
+        maps = {task.map.key: task.map for task in plan.tasks}
+        macs = {key: self.net.cost(map).macs for key, map in maps.items()}
 
         def predicted(task: ClientTask) -> float:
-            steps, rows = work_of(phase, task)
-            return steps * bundling.STEP_SECONDS + (
-                BACKWARD * cost[task.map.key] * rows / bundling.MACS_PER_SECOND
-            )
+            return bundling.predicted_seconds(phase.program, task, macs[task.map.key])
 
         cut = bundling.cut(
             plan.tasks, predicted, count, round=round, choices=choices, local_test=local_test
@@ -290,7 +230,7 @@ class Rounds:
         if self.options.on_nan == "skip":
             return
         bad = [
-            (int(client), self.fleet_names[int(tier)])
+            (int(client), self.roster.tier_names[int(tier)])
             for result in results
             for client, tier, status in zip(
                 result.table["client"], result.table["tier"], result.table["status"], strict=True
@@ -311,17 +251,23 @@ class Rounds:
     def _remember(
         self, round: int, bundles: Sequence[TrainBundle], results: Sequence[BundleResult]
     ) -> None:
-        for bundle, result in zip(bundles, results, strict=True):
-            self.last_round[bundle.ids] = round
-            self.reports.update(result.reports)
-            if self.algorithm.keeps:
-                rows = [
-                    (c, k) for c, k in zip(bundle.ids, result.kept, strict=True) if k is not None
-                ]
-                if rows:
-                    ids, trees = zip(*rows, strict=True)
-                    self.kept.write(np.array(ids), trees)
-        self.last_tasks = [task for bundle in bundles for task in bundle.tasks]
+        self.roster.remember(round, bundles, results)
+        if self.algorithm.keeps:
+            for bundle, result in zip(bundles, results, strict=True):
+                # A client that was left out keeps what it had.
+                kept = [i for i, tree in enumerate(result.kept) if tree is not None]
+                self.kept.write(bundle.ids[kept], [result.kept[i] for i in kept])
+        self.mean_cost = self._mean_cost([task for bundle in bundles for task in bundle.tasks])
+
+    def _mean_cost(self, tasks: Sequence[ClientTask]) -> tuple[float, float]:
+        """Mean parameters and MACs of the sub-networks of some tasks."""
+        maps = {task.map.key: task.map for task in tasks}
+        cost = {
+            key: (self.net.stored_params(map, "local"), self.net.cost(map).macs)
+            for key, map in maps.items()
+        }
+        params, macs = np.mean([cost[task.map.key] for task in tasks], axis=0).tolist()
+        return params, macs
 
     def _bytes_down(self, plan: RoundPlan) -> dict[int, tuple[int, int]]:
         """What each client downloads: (all bytes, the map's part)."""
@@ -348,22 +294,9 @@ class Rounds:
         every = self.options.eval_every
         return round == self.options.rounds or (every > 0 and round % every == 0)
 
-    @cached_property
-    def _eval_clients(self) -> tuple[np.ndarray, str]:
-        """The evaluated clients, fixed by the seed, and the part of their data that counts."""
-        held = len(self.held_out) > 0
-        pool = self.held_out if held else self.train_ids
-        wanted = self.options.eval_clients or len(pool)
-        if wanted < len(pool):
-            generator = seeds.generator(self.seed, "evaluation")
-            pool = np.sort(generator.choice(pool, wanted, replace=False))
-        # A client that trains before it tests must not be tested on what it trained on.
-        adapts = self.algorithm.evaluation.prepare is not None
-        return pool, "all" if held and not adapts else "test"
-
     def _evaluate(self, round: int) -> Evaluated:
         with self.clock.phase("evaluate"):
-            ids, part = self._eval_clients
+            ids, part = self.roster.evaluated
             views = self.algorithm.views(self.state)
             distinct = {map.key: map for map in views.values()}
             macs = sum(self.net.cost(map).macs for map in distinct.values())
@@ -386,13 +319,11 @@ class Rounds:
         return last or self.done == self.options.rounds or (every > 0 and self.done % every == 0)
 
     def _checkpoint(self) -> None:
-        seen = np.flatnonzero(self.last_round >= 0)
         tree = {
             "state": self.state,
             "phase": self.phase_name,
-            "clients": seen,
-            "last_round": self.last_round[seen],
-            "reports": self.reports,
+            "roster": self.roster.to_state(),
+            "mean_cost": self.mean_cost,
             "engine": self.record.to_json(),
         }
         checkpoint.save(
@@ -412,8 +343,8 @@ class Rounds:
         self.done = found.round
         self.state = found.state["state"]
         self.phase_name = found.state["phase"]
-        self.last_round[found.state["clients"]] = found.state["last_round"]
-        self.reports = found.state["reports"]
+        self.roster.restore(found.state["roster"])
+        self.mean_cost = found.state["mean_cost"]
         written = self.folder.read_engine() or found.state["engine"]
         self.record = EngineRecord.from_json(written, str(self.folder.engine))
         if self.algorithm.keeps:
@@ -421,17 +352,3 @@ class Rounds:
 
     def _write_record(self) -> None:
         self.folder.write_engine(self.record.to_json())
-
-
-def work_of(phase: Phase, task: ClientTask) -> tuple[int, int]:
-    """(steps, rows) that a task is planned to take."""
-    program = phase.program
-    if isinstance(program, LossProgram):
-        stream = program.stream
-    elif isinstance(program, StepProgram):
-        stream = next(iter(program.streams.values()))
-    else:
-        return 1, task.num_samples
-    steps = stream.num_steps(task.num_samples)
-    rows = stream.rows(task.num_samples)
-    return steps, steps * (rows if stream.batch is None else min(stream.batch, rows))

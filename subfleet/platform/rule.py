@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subfleet.core.algorithm import LocalRule
+from subfleet.core.program import LocalRule
 from subfleet.platform import kernels
 
 

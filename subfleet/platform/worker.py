@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
 
-from subfleet.core.algorithm import Params
+from subfleet.core.program import Params
 from subfleet.datasets.federation import Federation
 from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle
 from subfleet.platform.engine import Engine, Work, parts_needed

@@ -13,11 +13,10 @@ import toys
 
 from subfleet import registry
 from subfleet.algorithms.local import IndexedAveraging
-from subfleet.core.algorithm import LocalRule, Stream
+from subfleet.core.program import LocalRule, Stream
 from subfleet.datasets.vectors import SyntheticVectors
-from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
-from subfleet.platform.rounds import Rounds
+from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
 
 NAMES = sorted(registry.algorithms())
@@ -168,14 +167,14 @@ def test_many_clients_drawn_on_the_fly(name, tmp_path):
 @each_algorithm
 def test_the_cohort_sees_its_own_plan(name):
     """Tasks name each client once, in any order, with maps that fit the network."""
-    run = Rounds(job(name), InlineExecutor(job(name).work, data()), None)  # type: ignore
-    made = run.algorithm
-    state = made.init(run.net.init(3))
-    cohort = run._cohort(made.phase(1), 1)
+    work = job(name).work
+    made = work.algorithm
+    state = made.init(work.net.init(3))
+    cohort = Roster(job(name)).cohort(made.phase(1), 1)
     plan = made.plan(state, cohort, 1)
     assert sorted(t.client for t in plan.tasks) == cohort.id.tolist()
     for task in plan.tasks:
-        run.net.space.validate(task.map)
+        work.net.space.validate(task.map)
         assert task.shared in plan.shared and task.weight >= 0
     assert set(made.views(state)) == {"global"} | {f"w{w}" for w in WIDTHS}
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import toys
 
 from subfleet.algorithms import FedAvg
-from subfleet.core.algorithm import LocalRule, Stream
 from subfleet.core.errors import InputError
+from subfleet.core.program import LocalRule, Stream
 from subfleet.core.units import IndexMap
 from subfleet.datasets.memory import InMemory
 

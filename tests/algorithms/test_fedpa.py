@@ -8,7 +8,8 @@ import toys
 
 from subfleet.algorithms import FedAvg, FedPA
 from subfleet.core import aggregate
-from subfleet.core.algorithm import LocalRule, RoundPlan, Stream
+from subfleet.core.algorithm import RoundPlan
+from subfleet.core.program import LocalRule, Stream
 from subfleet.core.units import IndexMap
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
@@ -106,7 +107,7 @@ def test_statistics_are_the_clients_own_round_after_round(tmp_path):
     for client, row in zip(own, rounds.kept.read(np.array(list(own))), strict=True):
         kept = {name: torch.as_tensor(np.asarray(value)) for name, value in row.items()}
         assert toys.distance(kept, own[client]) < 1e-5
-    (never,) = rounds.kept.read(np.array([int(rounds.held_out[0])]))
+    (never,) = rounds.kept.read(np.array([int(rounds.roster.evaluated[0][0])]))
     assert not never
 
 

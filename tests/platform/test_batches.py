@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subfleet.core.algorithm import Stream
+from subfleet.core.program import Stream
 from subfleet.platform import batches
 
 sizes = st.integers(1, 60)

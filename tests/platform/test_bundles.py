@@ -6,7 +6,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subfleet.core.algorithm import ClientTask
+from subfleet.core.program import ClientTask
 from subfleet.platform import bundles
 from subfleet.platform.record import Choice, variant_name
 

@@ -15,7 +15,8 @@ from torch.func import functional_call, grad
 
 from subfleet.algorithms.local import cross_entropy
 from subfleet.core import aggregate, seeds
-from subfleet.core.algorithm import (
+from subfleet.core.errors import InputError
+from subfleet.core.program import (
     ClientResult,
     LocalRule,
     LossProgram,
@@ -23,7 +24,6 @@ from subfleet.core.algorithm import (
     StepProgram,
     Stream,
 )
-from subfleet.core.errors import InputError
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.datasets.synthetic import SyntheticFemnist

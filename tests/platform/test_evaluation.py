@@ -8,7 +8,8 @@ import toys
 from torch.func import functional_call
 
 from subfleet.algorithms.local import cross_entropy
-from subfleet.core.algorithm import Evaluation, LocalRule, LossProgram, Stream
+from subfleet.core.algorithm import Evaluation
+from subfleet.core.program import LocalRule, LossProgram, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation

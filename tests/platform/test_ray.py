@@ -111,7 +111,8 @@ USER_CODE = """
     import signal
 
     from subfleet.algorithms.fedavg import FedAvg
-    from subfleet.core.algorithm import LossProgram, Phase
+    from subfleet.core.algorithm import Phase
+from subfleet.core.program import LossProgram
     from subfleet.core.errors import InputError, RunFailed
 
     class Halfway(FedAvg):

@@ -12,20 +12,14 @@ from torch import nn
 
 from subfleet.algorithms import FedAvg, FedPA
 from subfleet.algorithms.local import cross_entropy
-from subfleet.core.algorithm import (
-    ClientResult,
-    Evaluation,
-    LocalRule,
-    LossProgram,
-    Phase,
-    RoundPlan,
-    Stream,
-)
+from subfleet.core.algorithm import Evaluation, Phase, RoundPlan
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.core.program import ClientResult, LocalRule, LossProgram, Stream
 from subfleet.datasets.federation import split_clients
 from subfleet.models import chain
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
+from subfleet.platform.roster import Roster
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
@@ -334,7 +328,7 @@ class Adapts(FedAvg):
 def test_clients_that_adapt_are_not_tested_on_what_they_adapted_on(tmp_path):
     job = toys.job(Adapts(toys.setting(toys.mlp())), data())
     rounds = Rounds(job, InlineExecutor(job.work, job.federation), None)  # type: ignore
-    ids, part = rounds._eval_clients
+    ids, part = rounds.roster.evaluated
     assert part == "test" and ids.tolist() == split_clients(0, 10)[1].tolist()
     summary = toys.run(job, tmp_path / "run")
     assert 0 <= summary["acc_global"] <= 1
@@ -342,10 +336,7 @@ def test_clients_that_adapt_are_not_tested_on_what_they_adapted_on(tmp_path):
 
 def test_evaluated_clients_are_a_fixed_draw(tmp_path):
     job = toys.job(fedavg(), data(), eval_clients=1)
-    picked = [
-        Rounds(job, InlineExecutor(job.work, job.federation), None)._eval_clients[0].tolist()  # type: ignore
-        for _ in range(2)
-    ]
+    picked = [Roster(job).evaluated[0].tolist() for _ in range(2)]
     assert picked[0] == picked[1] and len(picked[0]) == 1
     assert set(picked[0]) <= set(split_clients(0, 10)[1].tolist())
 

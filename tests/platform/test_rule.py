@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from subfleet.core.algorithm import LocalRule
+from subfleet.core.program import LocalRule
 from subfleet.platform import rule as rules
 
 RULES = [

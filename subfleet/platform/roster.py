@@ -1,0 +1,97 @@
+"""The roster: who trains in a round, who is evaluated, and what is known of each client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from subfleet.core import seeds
+from subfleet.core.algorithm import Cohort, Phase
+from subfleet.core.errors import InputError
+from subfleet.datasets.federation import split_clients
+from subfleet.platform.bundles import BundleResult, TrainBundle
+from subfleet.platform.job import Job
+
+
+class Roster:
+    """Draws cohorts and remembers, in arrays, when a client last trained and what it reported."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._seed = job.work.seed
+        self._train_ids, self._held_out = split_clients(self._seed, job.federation.num_clients)
+        self._last_round = np.full(job.federation.num_clients, -1, np.int32)
+        self._reports: dict[int, dict[str, Any]] = {}
+
+    @cached_property
+    def tier_names(self) -> list[str]:
+        """Tier names by index."""
+        return [tier.name for tier in self._job.fleet.tiers]
+
+    def cohort(self, phase: Phase, round: int) -> Cohort:
+        """The clients of a round: a function of the seed, the round and who is eligible."""
+        pool = self._pool(phase.eligible)
+        size = self._job.options.cohort
+        if phase.fraction is not None:
+            size = max(1, int(phase.fraction * len(pool) + 0.5))
+        generator = seeds.generator(self._seed, "cohort", round=round)
+        ids = np.sort(pool[generator.choice(len(pool), min(size, len(pool)), replace=False)])
+        federation = self._job.federation
+        return Cohort(
+            id=ids,
+            num_samples=federation.sizes(ids, "train"),
+            tier=self._job.fleet.tier_of[ids],
+            label_counts=federation.label_counts(ids) if phase.wants_labels else None,
+            last_round=self._last_round[ids],
+            report=[self._reports.get(client) for client in ids.tolist()],
+        )
+
+    def _pool(self, eligible: tuple[str, ...] | None) -> np.ndarray:
+        if eligible is None:
+            return self._train_ids
+        wanted = [i for i, name in enumerate(self.tier_names) if name in eligible]
+        pool = self._train_ids[np.isin(self._job.fleet.tier_of[self._train_ids], wanted)]
+        if not len(pool):
+            raise InputError(
+                f"no training client is in the tiers {', '.join(eligible)}; "
+                "give them a larger share in [fleet], or use more clients"
+            )
+        return pool
+
+    @cached_property
+    def evaluated(self) -> tuple[np.ndarray, str]:
+        """The evaluated clients, fixed by the seed, and the part of their data that counts."""
+        held = len(self._held_out) > 0
+        pool = self._held_out if held else self._train_ids
+        wanted = self._job.options.eval_clients or len(pool)
+        if wanted < len(pool):
+            generator = seeds.generator(self._seed, "evaluation")
+            pool = np.sort(generator.choice(pool, wanted, replace=False))
+        # A client that trains before it tests must not be tested on what it trained on.
+        adapts = self._job.work.algorithm.evaluation.prepare is not None
+        return pool, "all" if held and not adapts else "test"
+
+    def remember(
+        self, round: int, bundles: Sequence[TrainBundle], results: Sequence[BundleResult]
+    ) -> None:
+        """Notes who trained in `round` and what they reported."""
+        for bundle, result in zip(bundles, results, strict=True):
+            self._last_round[bundle.ids] = round
+            self._reports.update(result.reports)
+
+    def to_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: entries of clients that ever trained."""
+        seen = np.flatnonzero(self._last_round >= 0)
+        return {
+            "clients": seen,
+            "last_round": self._last_round[seen],
+            "reports": self._reports,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Becomes what `to_state` saw."""
+        self._last_round[state["clients"]] = state["last_round"]
+        self._reports = state["reports"]
