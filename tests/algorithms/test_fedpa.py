@@ -11,6 +11,7 @@ from subfleet.core import aggregate
 from subfleet.core.algorithm import RoundPlan
 from subfleet.core.program import LocalRule, Stream
 from subfleet.core.units import IndexMap
+from subfleet.datasets.federation import split_clients
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
 from subfleet.platform.rounds import Rounds
@@ -135,7 +136,7 @@ def test_wire_bytes_by_hand(tmp_path):
     net = toys.mlp(6, (8, 4), 3)
     job = toys.job(FedPA(toys.setting(net, (1.0, 0.5))), toys.federation(SIZES, (6,), 3), cohort=8)
     toys.run(job, tmp_path / "run")
-    train = Rounds(job, InlineExecutor(job.work, job.federation), None).train_ids  # type: ignore
+    train, _ = split_clients(job.work.seed, job.federation.num_clients)
     rich = int((job.fleet.tier_of[train] == 0).sum())
     poor = 8 - rich
     assert rich and poor
