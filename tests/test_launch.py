@@ -97,6 +97,40 @@ def test_a_given_engine_record_is_replayed(finished: subfleet.Run, tmp_path: Pat
     assert written == record
 
 
+class Interrupt:
+    """An observer that ends the process's run after a round, before any checkpoint."""
+
+    def on_start(self, info: dict) -> None:
+        pass
+
+    def on_round(self, record: dict, coverage: dict) -> None:
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    def on_end(self, summary: dict) -> None:
+        pass
+
+
+def test_a_resume_replays_the_record_even_without_a_checkpoint(tmp_path: Path) -> None:
+    experiment = Experiment(**tables(model__hidden=6, run__checkpoint_every=0))
+    plain = launch(experiment, out=tmp_path / "plain", local=True)
+    record = json.loads((plain.path / "engine.json").read_text())
+    for choice in record["choices"]:
+        choice |= {"way": "vmap", "side_by_side": 2, "memory_format": "contiguous"}
+    (tmp_path / "engine.json").write_text(json.dumps(record))
+    given: dict[str, Any] = {"local": True, "engine_record": tmp_path / "engine.json"}
+    whole = launch(experiment, out=tmp_path / "whole", **given)
+    assert whole.summary["params_sha256"] != plain.summary["params_sha256"]
+    with pytest.raises(KeyboardInterrupt):
+        launch(experiment, out=tmp_path / "cut", observers=[Interrupt()], **given)
+    resumed = launch(experiment, out=tmp_path / "cut", resume=True, local=True)
+    assert resumed.summary["params_sha256"] == whole.summary["params_sha256"]
+    assert json.loads((resumed.path / "engine.json").read_text()) == record
+    (plain.path / "summary.json").unlink()
+    with pytest.raises(InputError, match="--engine-record differs"):
+        launch(experiment, out=plain.path, resume=True, **given)
+
+
 def test_the_target_accuracy_ends_a_run(tmp_path: Path) -> None:
     run = launch(
         Experiment(**tables(run__target_accuracy=1e-6, run__rounds=50)),

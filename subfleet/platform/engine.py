@@ -137,7 +137,9 @@ class Engine:
         for name, map in bundle.views.items():
             if map.key not in distinct:
                 variant = self.work.net.space.counts(map)
-                choice = choose(self.work.net, variant, self.device, "auto", "loop", bundle.round)
+                choice = choose(
+                    self.work.net, variant, self.device, "auto", loop=True, round=bundle.round
+                )
                 net = self.resident(map, choice)
                 params = self.work.net.space.extract(shared[0], map)
                 adapting = self._adapting(bundle, blocks, shared, map, net, choice)

@@ -26,9 +26,10 @@ FULL = IndexMap.full()
 
 @dataclass(frozen=True)
 class Choice:
-    """How the clients of one variant are computed from a round on.
+    """How the clients of one variant are computed on one kind of device from a round on.
 
-    `side_by_side` is the number of clients in one vmapped call (1 for a loop).
+    `side_by_side` is the number of clients in one vmapped call at most (1 for a loop).
+    Raises `InputError` for what this release cannot compute.
     """
 
     variant: str
@@ -41,6 +42,32 @@ class Choice:
     threads: int = 1
     from_round: int = 1
 
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            value = getattr(self, name)
+            if value not in known or type(value) is not type(known[0]):
+                raise InputError(
+                    f"engine record: {name}={value!r} for variant {self.variant}; "
+                    f"this release knows {', '.join(map(repr, known))}"
+                )
+        for name in ("side_by_side", "from_round"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(
+                    f"engine record: {name}={value!r} for variant {self.variant}; "
+                    "give a whole number from 1 up"
+                )
+
+
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "device": ("cpu", "cuda"),
+    "way": ("loop", "vmap"),
+    "memory_format": ("contiguous", "channels_last"),
+    "dtype": ("float32",),
+    "compiled": (False,),
+    "threads": (1,),
+}
+
 
 @dataclass(frozen=True)
 class EngineRecord:
@@ -48,29 +75,27 @@ class EngineRecord:
 
     >>> record = EngineRecord((Choice("a", "cpu", "loop"),))
     >>> record = record.extended([Choice("a", "cpu", "vmap", 8, from_round=5)])
-    >>> record.at("a", 4).way, record.at("a", 5).way
-    ('loop', 'vmap')
+    >>> record.at("a", "cpu", 4).way, record.at("a", "cpu", 5).way, record.at("b", "cpu", 1)
+    ('loop', 'vmap', None)
     """
 
     choices: tuple[Choice, ...] = ()
-    _index: dict[str, list[Choice]] = field(init=False, repr=False, compare=False)
+    _index: dict[tuple[str, str], list[Choice]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        index: dict[str, list[Choice]] = {}
+        index: dict[tuple[str, str], list[Choice]] = {}
         for choice in self.choices:
-            index.setdefault(choice.variant, []).append(choice)
+            index.setdefault((choice.variant, choice.device), []).append(choice)
         object.__setattr__(self, "_index", index)
 
-    def at(self, variant: str, round: int) -> Choice:
-        """The choice for a variant in a round; KeyError where nothing was recorded."""
-        held = [c for c in self._index.get(variant, ()) if c.from_round <= round]
-        if not held:
-            raise KeyError(variant)
-        return held[-1]
+    def at(self, variant: str, device: str, round: int) -> Choice | None:
+        """The choice for a variant on a device in a round; None where nothing holds yet."""
+        held = [c for c in self._index.get((variant, device), ()) if c.from_round <= round]
+        return held[-1] if held else None
 
-    def knows(self, variant: str) -> bool:
-        """Whether anything is recorded for this variant."""
-        return variant in self._index
+    def begins_with(self, other: EngineRecord) -> bool:
+        """Whether `other` is this record as it once was: it only ever grows at its end."""
+        return self.choices[: len(other.choices)] == other.choices
 
     def extended(self, choices: Iterable[Choice]) -> EngineRecord:
         """This record with more entries at its end."""
@@ -112,15 +137,22 @@ def variant_name(variant: object) -> str:
     return repr(variant)
 
 
+def must_loop(net: SuperNetwork) -> bool:
+    """Whether clients of this network cannot be mapped.
+
+    With BatchNorm padded rows would enter the batch statistics; dropout's draws torch
+    cannot map.
+    """
+    return bool(net.statistics) or has_dropout(net.module(device="meta"))
+
+
 def choose(
-    net: SuperNetwork, variant: object, device: str, engine: str, way_forced: Way | None, round: int
+    net: SuperNetwork, variant: object, device: str, engine: str, *, loop: bool, round: int
 ) -> Choice:
-    """The choice for a variant not yet recorded.
+    """The choice for a variant not yet recorded; `loop` where nothing else is possible.
 
     "auto" takes vmap on a GPU, which small steps leave idle, and on CPUs for small
     networks without convolutions, whose steps are mostly overhead; else the loop.
-    Networks with BatchNorm always loop: padded rows would enter their batch
-    statistics. So do those with dropout, whose draws torch cannot map.
     """
     has_convolutions = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
     width = SIDE_BY_SIDE[device]
@@ -128,9 +160,8 @@ def choose(
         # Where the parameters of all leave the cache, mapping loses what it gains.
         width = min(width, CACHE_BYTES // (4 * net.stored_params(FULL)))
     auto = device != "cpu" or (not has_convolutions and width >= 4)
-    way: Way = "vmap" if engine == "vmap" or (engine == "auto" and auto) else "loop"
-    if net.statistics or way_forced == "loop" or has_dropout(net.module(device="meta")):
-        way = "loop"
+    mapped = not loop and (engine == "vmap" or (engine == "auto" and auto))
+    way: Way = "vmap" if mapped else "loop"
     return Choice(
         variant=variant_name(variant),
         device=device,

@@ -17,7 +17,7 @@ import numpy as np
 from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
-from subfleet.core.errors import RunFailed
+from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.program import ClientTask, RunProgram
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
@@ -29,7 +29,7 @@ from subfleet.platform.job import Job
 from subfleet.platform.kept import KeptStore
 from subfleet.platform.measure import Evaluated, client_columns, local_accuracy, round_record
 from subfleet.platform.metrics import ClientsLog, MetricsLog, Observer, params_sha256, summarise
-from subfleet.platform.record import EngineRecord, choose, variant_name
+from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, variant_name
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
@@ -167,11 +167,7 @@ class Rounds:
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool
     ) -> list[TrainBundle]:
-        self._record_new(phase, plan, round)
-        choices = {
-            name: self.record.at(name, round)
-            for name in {variant_name(task.variant) for task in plan.tasks}
-        }
+        choices = self._choices(phase, plan, round)
         per = self.options.bundle_clients
         count = -(-len(plan.tasks) // per) if per else bundling.auto_count(len(plan.tasks))
         maps = {task.map.key: task.map for task in plan.tasks}
@@ -188,17 +184,27 @@ class Rounds:
                 bundle.own.extend(self.kept.read(bundle.ids))
         return cut
 
-    def _record_new(self, phase: Phase, plan: RoundPlan, round: int) -> None:
-        """Chooses how to compute variants seen for the first time, before they are sent out."""
-        new = {variant_name(t.variant): t.variant for t in plan.tasks}
-        missing = sorted(name for name in new if not self.record.knows(name))
-        if missing:
-            forced = "loop" if isinstance(phase.program, RunProgram) else None
-            device, engine = self.executor.device, self.options.engine
-            self.record = self.record.extended(
-                choose(self.net, new[name], device, engine, forced, round) for name in missing
-            )
+    def _choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
+        """How each variant is computed; written down before a new one is first sent out."""
+        device, engine = self.executor.device, self.options.engine
+        variants = {variant_name(task.variant): task.variant for task in plan.tasks}
+        held = {name: self.record.at(name, device, round) for name in sorted(variants)}
+        loop = isinstance(phase.program, RunProgram) or must_loop(self.net)
+        for name, choice in held.items():
+            if choice is not None and choice.way == "vmap" and loop:
+                raise InputError(
+                    f"engine record: variant {name} has way='vmap', but a search, BatchNorm and "
+                    "dropout need way='loop'; give a record of this experiment"
+                )
+        new = {
+            name: choose(self.net, variants[name], device, engine, loop=loop, round=round)
+            for name, choice in held.items()
+            if choice is None
+        }
+        if new:
+            self.record = self.record.extended(new.values())
             self._write_record()
+        return {name: choice or new[name] for name, choice in held.items()}
 
     def _train(
         self, bundles: list[TrainBundle], plan: RoundPlan, *, collect: bool
@@ -336,6 +342,14 @@ class Rounds:
         )
 
     def _restore(self) -> None:
+        # The file, not the checkpoint: it also holds what was chosen since, or before the first.
+        if (written := self.folder.read_engine()) is not None:
+            self.record = EngineRecord.from_json(written, str(self.folder.engine))
+            if not self.record.begins_with(self.job.record):
+                raise InputError(
+                    f"--engine-record differs from {self.folder.engine}, by which this run began; "
+                    "leave it out to go on, or give another --out"
+                )
         found = checkpoint.load_latest(self.folder.checkpoints, fingerprint=self.job.fingerprint)
         if found is None:
             self.state = self.algorithm.init(self.net.init(self.seed))
@@ -345,8 +359,6 @@ class Rounds:
         self.phase_name = found.state["phase"]
         self.roster.restore(found.state["roster"])
         self.mean_cost = found.state["mean_cost"]
-        written = self.folder.read_engine() or found.state["engine"]
-        self.record = EngineRecord.from_json(written, str(self.folder.engine))
         if self.algorithm.keeps:
             self.kept.restore(found.path / "kept")
 
