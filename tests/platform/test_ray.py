@@ -111,8 +111,6 @@ USER_CODE = """
     import signal
 
     from subfleet.algorithms.fedavg import FedAvg
-    from subfleet.core.algorithm import Phase
-from subfleet.core.program import LossProgram
     from subfleet.core.errors import InputError, RunFailed
 
     class Halfway(FedAvg):
