@@ -96,34 +96,45 @@ def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> fl
     return steps * STEP_SECONDS + BACKWARD * macs * rows / MACS_PER_SECOND
 
 
-def auto_count(cohort: int) -> int:
-    """How many bundles a round is cut into by default.
+BUNDLE_SECONDS = 0.3  # nominal; what a bundle should last to outweigh a remote call by far
 
-    Enough to keep several hosts busy and few enough that a bundle outweighs a
-    remote call.
 
-    A power of two near the square root of the cohort.
+def auto_count(clients: int, seconds: float) -> int:
+    """How many bundles to cut clients of `seconds` nominal seconds in all into, by default.
 
-    >>> [auto_count(n) for n in (1, 20, 100, 1000, 10_000)]
-    [1, 4, 16, 32, 128]
+    As many as last `BUNDLE_SECONDS` each, but at least 8, to keep several hosts evenly
+    busy, and at most about the square root of the clients, since each returns a sum of
+    its own. A power of two.
+
+    >>> [auto_count(n, 0.0022 * n) for n in (1, 20, 100, 1000, 10_000)]
+    [1, 4, 8, 8, 128]
     """
-    return min(cohort, max(4, 2 ** (isqrt(cohort) - 1).bit_length()))
+    most = min(clients, max(4, _power_of_two(isqrt(clients))))
+    return min(most, max(8, _power_of_two(round(seconds / BUNDLE_SECONDS))))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def cut(
     tasks: Sequence[ClientTask],
     cost: Callable[[ClientTask], float],
-    count: int,
+    count: int | None,
     *,
     round: int,
     choices: Mapping[str, Choice],
     local_test: bool = False,
 ) -> list[TrainBundle]:
-    """Sorts tasks by (variant, client id) and cuts them into about `count` equal-cost bundles."""
+    """Sorts tasks by (variant, client id) and cuts them into about `count` equal-cost bundles.
+
+    `cost` is in nominal seconds; None leaves the count to `auto_count`.
+    """
     ordered = sorted(tasks, key=lambda task: (variant_name(task.variant), task.client))
     costs = np.array([cost(task) for task in ordered])
     if not len(ordered):
         return []
+    count = count or auto_count(len(ordered), float(costs.sum()))
     # A client goes to the bundle in which the middle of its cost falls.
     middle = np.cumsum(costs) - costs / 2
     place = np.minimum((middle / (costs.sum() or 1.0) * count).astype(int), count - 1)
@@ -150,7 +161,7 @@ def cut_evaluation(
     sizes: np.ndarray,
     views: Mapping[str, IndexMap],
     seconds_per_sample: float,
-    count: int,
+    count: int | None = None,
     *,
     round: int,
     part: str,
@@ -159,6 +170,7 @@ def cut_evaluation(
     if len(ids) == 0:
         return []
     weights = np.maximum(sizes, 1)
+    count = count or auto_count(len(ids), float(weights.sum()) * seconds_per_sample)
     place = ((np.cumsum(weights) - weights / 2) / weights.sum() * count).astype(int)
     return [
         EvalBundle(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -25,6 +26,7 @@ from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.clock import PhaseClock
 from subfleet.platform.engine import SKIPPED
 from subfleet.platform.executor import Executor
+from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
 from subfleet.platform.kept import KeptStore
 from subfleet.platform.measure import Evaluated, client_columns, local_accuracy, round_record
@@ -33,6 +35,8 @@ from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, va
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
+
+FLUSH_ROUNDS = 100  # rows of clients wait in memory for so many rounds at most
 
 
 class Rounds:
@@ -51,7 +55,8 @@ class Rounds:
         self.options = job.options
         self.roster = Roster(job)
         self.clock = PhaseClock()
-        self.kept: KeptStore
+        self.kept: KeptStore  # of an algorithm that keeps something, while it runs
+        self.warnings: tuple[str, ...] = ()
         self.record = job.record
         self.done = 0
         self.phase_name = ""
@@ -62,12 +67,16 @@ class Rounds:
 
     def run(self) -> dict[str, Any]:
         """Runs from the last checkpoint (or from scratch) to the end; returns the summary."""
-        handle = self.folder.lock()
-        metrics = MetricsLog(self.folder.metrics)
-        clients = ClientsLog(self.folder.clients)
         started = perf_counter()
-        try:
-            self.kept = KeptStore(self.folder.kept)  # empties its folder: only under the lock
+        with ExitStack() as stack:
+            stack.callback(os.close, self.folder.lock())
+            metrics = MetricsLog(self.folder.metrics)
+            stack.callback(metrics.close)
+            clients = ClientsLog(self.folder.clients)
+            if self.algorithm.keeps:
+                # It empties its folder: only under the lock.
+                self.kept = KeptStore(self.folder.kept)
+                stack.callback(self.kept.close)
             self._restore()
             metrics.truncate(self.done)
             clients.truncate(self.done)
@@ -86,10 +95,9 @@ class Rounds:
                 if self._checkpoint_due(last=reached or late):
                     clients.flush()
                     self._checkpoint()
+                elif self.done % FLUSH_ROUNDS == 0:
+                    clients.flush()
             return self._finish(metrics, finished=reached or not late)
-        finally:
-            metrics.close()
-            os.close(handle)
 
     def _out_of_time(self, started: float) -> bool:
         limit = self.options.max_seconds
@@ -107,6 +115,7 @@ class Rounds:
             "config": self.job.config,
             "run_folder": str(self.folder.path),
             "algorithm": type(self.algorithm).__name__,
+            "warnings": [*self.folder.warnings, *self.warnings],
         }
         for observer in self.observers:
             observer.on_start(info)
@@ -169,7 +178,7 @@ class Rounds:
     ) -> list[TrainBundle]:
         choices = self._choices(phase, plan, round)
         per = self.options.bundle_clients
-        count = -(-len(plan.tasks) // per) if per else bundling.auto_count(len(plan.tasks))
+        count = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
         macs = {key: self.net.cost(map).macs for key, map in maps.items()}
 
@@ -245,12 +254,12 @@ class Rounds:
         ]
         if not bad:
             return
-        last = sorted(self.folder.checkpoints.glob("round-*"))
+        last = last_checkpoint(self.folder.checkpoints)
         named = ", ".join(f"{client} (tier {tier})" for client, tier in bad[:5])
         raise RunFailed(
             f"round {round}: training of {len(bad)} clients was not finite: {named}"
             f"{', …' if len(bad) > 5 else ''}; the last good checkpoint is "
-            f"{last[-1] if last else 'none yet'}. Lower train.lr, set train.clip_norm, "
+            f"{last or 'none yet'}. Lower train.lr, set train.clip_norm, "
             'or set run.on_nan = "skip" to leave such clients out'
         )
 
@@ -282,8 +291,7 @@ class Rounds:
         for task in plan.tasks:
             key = (task.shared, task.map.key)
             if key not in cache:
-                shapes = self.net.space.slice_shapes(task.map)
-                sent = sum(int(np.prod(shapes[name])) for name in plan.shared[task.shared])
+                sent = self.net.space.cut_numel(plan.shared[task.shared], task.map)
                 map_bytes = task.map.wire_bytes(self.net.space)
                 cache[key] = (4 * sent + map_bytes, map_bytes)
             out[task.client] = cache[key]
@@ -311,7 +319,6 @@ class Rounds:
                 self.job.federation.sizes(ids, part),
                 views,
                 macs / bundling.MACS_PER_SECOND,
-                bundling.auto_count(len(ids)),
                 round=round,
                 part=part,
             )
@@ -354,6 +361,7 @@ class Rounds:
         if found is None:
             self.state = self.algorithm.init(self.net.init(self.seed))
             return
+        self.warnings = found.warnings
         self.done = found.round
         self.state = found.state["state"]
         self.phase_name = found.state["phase"]

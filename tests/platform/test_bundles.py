@@ -108,7 +108,12 @@ def test_no_clients_no_evaluation():
 
 
 def test_auto_count_is_a_power_of_two_that_never_exceeds_the_cohort():
-    assert [bundles.auto_count(n) for n in (1, 2, 3)] == [1, 2, 3]
+    assert [bundles.auto_count(n, 9.0) for n in (1, 2, 3)] == [1, 2, 3]
     for n in range(4, 3000, 7):
-        count = bundles.auto_count(n)
-        assert count & (count - 1) == 0 and count <= n
+        for seconds in (0.0, 0.3, 7.0, 1e4):
+            count = bundles.auto_count(n, seconds)
+            assert count & (count - 1) == 0 and min(4, n) <= count <= max(4, 2 * n**0.5)
+
+
+def test_dear_clients_make_more_bundles_up_to_the_root_of_their_number():
+    assert [bundles.auto_count(1000, s) for s in (0.1, 2.2, 3.9, 1e3)] == [8, 8, 16, 32]
