@@ -6,6 +6,7 @@ import functools
 import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -33,8 +34,19 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             _end(f"run failed: {error}", STATUS_FAILED, kwargs.get("debug", False))
         except KeyboardInterrupt:
             _end("interrupted", STATUS_INTERRUPTED, kwargs.get("debug", False))
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # typer ends these itself
+        except Exception as error:
+            # Of the user's own algorithm, model or data set, or a defect of ours.
+            _end(_unforeseen(error), STATUS_FAILED, kwargs.get("debug", False))
 
     return guarded
+
+
+def _unforeseen(error: Exception) -> str:
+    text = shorten(str(error), 300, placeholder=" …")
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"run failed: {what}; --debug shows where"
 
 
 def _end(message: str, status: int, debug: bool) -> None:

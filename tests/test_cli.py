@@ -34,6 +34,12 @@ def small(tmp_path: Path) -> Path:
         (InputError("train.lr = -1"), 2, "error: train.lr = -1\n"),
         (RunFailed("round 3 turned NaN"), 1, "run failed: round 3 turned NaN\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            ValueError("no\nsuch key"),
+            1,
+            "run failed: ValueError: no such key; --debug shows where\n",
+        ),
+        (AssertionError(), 1, "run failed: AssertionError; --debug shows where\n"),
     ],
 )
 @pytest.mark.parametrize("debug", [False, True])
@@ -52,6 +58,18 @@ def test_errors_end_with_their_status_and_one_message(
     assert result.stdout == ""
     assert result.stderr.endswith(words)
     assert ("Traceback" in result.stderr) == debug
+
+
+def test_what_ends_a_command_by_itself_is_let_through() -> None:
+    ending = typer.Typer()
+
+    @ending.command()
+    @reported
+    def end(debug: bool = False) -> None:
+        raise typer.Exit(7)
+
+    result = runner.invoke(ending, [])
+    assert (result.exit_code, result.stderr) == (7, "")
 
 
 @pytest.mark.parametrize(
