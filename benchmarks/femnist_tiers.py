@@ -12,7 +12,6 @@ import argparse
 import time
 from pathlib import Path
 
-from subfleet.cluster.start import ray_session
 from subfleet.config import Experiment
 from subfleet.sweep import cells, plus_minus, run_cells, table
 
@@ -37,8 +36,7 @@ def main() -> None:
     )
     todo = cells(base, [int(s) for s in options.seeds.split(",")], ARMS, options.out)
     started = time.perf_counter()
-    with ray_session(None):
-        runs = run_cells(todo, say=print)
+    runs = run_cells(todo, say=print)
     print(f"\n{time.perf_counter() - started:.0f} s\n")
     print("| fleet | parameters of a client, mean | accuracy on held-out writers |")
     print("| --- | ---: | ---: |")

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,31 @@ def run_cells(
 ) -> list[Run]:
     """Runs the cells that are not finished; returns every cell's run, in order.
 
-    After the first cell that really ran, says how long the rest will take.
+    After the first cell that really ran, says how long the rest will take. Unless
+    `local`, one Ray serves them all.
     """
-    runs: list[Run] = []
     left = sum(cell.done() is None for cell in todo)
-    spent: list[float] = []
     say(f"{len(todo)} cells, {len(todo) - left} finished before, {left} to run")
+    with nullcontext() if local or not left else _ray(address):
+        return _run_each(todo, left, local=local, address=address, say=say)
+
+
+def _ray(address: str | None) -> AbstractContextManager[Any]:
+    from subfleet.cluster.start import ray_session
+
+    return ray_session(address)
+
+
+def _run_each(
+    todo: Sequence[Cell],
+    left: int,
+    *,
+    local: bool,
+    address: str | None,
+    say: Callable[[str], None],
+) -> list[Run]:
+    runs: list[Run] = []
+    spent: list[float] = []
     for number, cell in enumerate(todo, start=1):
         run = cell.done()
         if run is None:
