@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,9 @@ from subfleet.core.budget import Tier, width_map
 from subfleet.core.errors import InputError
 from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
-from subfleet.dashboards.console import ConsoleProgress, Preparation
+from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
+from subfleet.datasets.federation import identity
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.fleet import Fleet
@@ -99,9 +100,15 @@ def assemble(
         fleet=Fleet(tiers, federation.num_clients, seed),
         options=RunOptions(**options),
         config=experiment.to_tables(),
-        fingerprint=experiment.fingerprint(stops=False),
+        fingerprint=_fingerprint(experiment, identity(federation)),
         record=record or EngineRecord(),
     )
+
+
+def _fingerprint(experiment: Experiment, data: dict[str, Any]) -> str:
+    """A digest of all that the rounds of a run follow from: the experiment and its data."""
+    text = json.dumps([experiment.fingerprint(stops=False), data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
@@ -143,12 +150,13 @@ def launch(
 
     Args:
         experiment: What to run.
-        out: The run folder; a new one under `runs/` when left out.
+        out: The run folder; a new one under `runs/` when left out. A run that fails
+            before its first round is over leaves nothing there.
         resume: Continue from the newest checkpoint in `out`.
         local: Run in this process, without Ray.
         address: A Ray cluster to use; Ray is started in this process otherwise.
         engine_record: An `engine.json` whose choices to replay.
-        progress: Where a live line of progress goes; silent without one.
+        progress: Where a live line of progress goes; without one only warnings are logged.
         observers: Further watchers, called in the process that runs the rounds.
 
     Raises:
@@ -158,14 +166,17 @@ def launch(
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
     job = assemble(experiment, record, Preparation(progress) if progress is not None else None)
     device = local_device(experiment.run.device) if local else experiment.run.device
-    folder = _folder(experiment, out, resume)
-    _write_tiers(folder, job)
-    line = ConsoleProgress(experiment.run.rounds, progress) if progress is not None else None
+    folder = _folder(experiment, job, out, resume)
+    if progress is not None:
+        line = ConsoleProgress(experiment.run.rounds, progress)
+    else:
+        line = LoggedWarnings()
     watching = [TensorBoardWriter(folder.tensorboard), *observers]
     try:
+        _write_tiers(folder, job)
         if local:
-            here = watching if line is None else [*watching, line]
-            summary = _run_here(job, folder, device, max(1, experiment.run.hosts), here)
+            workers = max(1, experiment.run.hosts)
+            summary = _run_here(job, folder, device, workers, [*watching, line])
         else:
             from subfleet.cluster.start import run_on_ray
 
@@ -178,14 +189,13 @@ def launch(
                 hosts=experiment.run.hosts,
                 device=device,
             )
-    except InputError:
-        # Wrong before anything ran: leave nothing that would be in the way of the next try.
-        if not resume and not (folder.metrics.exists() and folder.metrics.stat().st_size):
-            shutil.rmtree(folder.path)
+    except BaseException:
+        # Nothing was trained: leave nothing that would be in the way of the next try.
+        if not resume and not folder.begun:
+            folder.discard()
         raise
     finally:
-        if line is not None:
-            line.close()
+        line.close()
     return Run(folder.path, summary)
 
 
@@ -208,13 +218,22 @@ def local_device(wanted: str) -> str:
     return wanted
 
 
-def _folder(experiment: Experiment, out: str | os.PathLike | None, resume: bool) -> RunFolder:
+def _folder(
+    experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
+) -> RunFolder:
     config, fingerprint = experiment.to_toml(), experiment.fingerprint(stops=False)
-    if resume:
-        if out is None:
-            raise InputError("resume needs the run's folder; give out=")
-        return RunFolder.open(out, fingerprint, config)
-    return RunFolder.create(out if out is not None else _new_name(experiment), config, fingerprint)
+    data = identity(job.federation)
+    if not resume:
+        where = out if out is not None else _new_name(experiment)
+        return RunFolder.create(where, config, fingerprint, data)
+    if out is None:
+        raise InputError("resume needs the run's folder; give out=")
+    folder = RunFolder.open(out, fingerprint, config, data)
+    changes = folder.environment_changes()
+    if not changes:
+        return folder
+    words = f"resumed on another machine or other versions than it began on ({'; '.join(changes)})"
+    return replace(folder, warnings=(f"{words}: the last bits may differ",))
 
 
 def _new_name(experiment: Experiment) -> Path:

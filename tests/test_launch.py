@@ -220,9 +220,109 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     shutil.copytree(finished.path, tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     (newest / "tensors.safetensors").write_bytes(b"cut")
-    run = launch(Experiment(**tables()), out=tmp_path / "run", resume=True, local=True)
+    facts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    facts["packages"]["numpy"] = "1.0"
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(facts))
+    arguments = ["run", str(write(tmp_path)), "--local", "--resume", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert f"warning: checkpoint {newest} is damaged" in done.stderr
+    assert "warning: resumed on another machine or other versions" in done.stderr
+    assert "(numpy: 1.0 then, " in done.stderr
+    assert done.stderr.count("is damaged") == 1
+    run = subfleet.Run(tmp_path / "run", json.loads((tmp_path / "run/summary.json").read_text()))
     assert run.summary["params_sha256"] == finished.summary["params_sha256"]
     assert [record["round"] for record in run.metrics] == [1, 2, 3, 4]
+
+
+OWN = """
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+from subfleet.algorithms import FedAvg
+from subfleet.datasets import InMemory
+
+def data(seed=0):
+    shift = float(Path("{folder}/shift").read_text())
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((60, 1, 8, 8)).astype(np.float32) + shift
+    return InMemory(x, np.arange(60) % 3, np.arange(0, 61, 6), name="own")
+
+@dataclass(frozen=True)
+class Breaks(FedAvg):
+    def server_step(self, state, plan, reduced):
+        raise ValueError("nothing of the kind")
+"""
+
+
+@pytest.fixture
+def users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own module; its data follow from a file."""
+    (tmp_path / "shift").write_text("0")
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN.replace("{folder}", str(tmp_path)))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / f"{name}.py"
+
+
+def test_a_resume_on_other_data_is_refused(users_own: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, data={"name": f"{users_own.stem}:data"}, model={"name": "small_cnn"})
+    arguments = ["run", str(path), "--local", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    arguments += ["--resume", "--set", "run.rounds=5"]
+    (tmp_path / "shift").write_text("1")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "holds a run on other data (fingerprint " in done.stderr
+    (tmp_path / "shift").write_text("0")
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+def test_a_checkpoint_of_other_data_is_refused(users_own: Path, tmp_path: Path) -> None:
+    own = {"data": {"name": f"{users_own.stem}:data"}, "model": {"name": "small_cnn"}}
+    for shift in ("0", "1"):
+        (tmp_path / "shift").write_text(shift)
+        launch(Experiment(**tables(**own)), out=tmp_path / f"run{shift}", local=True)
+    shutil.rmtree(tmp_path / "run1" / "checkpoints")
+    shutil.copytree(tmp_path / "run0" / "checkpoints", tmp_path / "run1" / "checkpoints")
+    with pytest.raises(InputError, match="is of another experiment"):
+        launch(Experiment(**tables(**own)), out=tmp_path / "run1", resume=True, local=True)
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_run_that_fails_before_its_first_round_is_over_leaves_nothing(
+    there_before: bool, users_own: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, algorithm={"name": f"{users_own.stem}:Breaks"})
+    out = tmp_path / "run"
+    if there_before:
+        out.mkdir()
+    for _ in range(2):  # the second time too: nothing is in the way
+        done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(out)])
+        assert done.exit_code == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last == "run failed: ValueError: nothing of the kind; --debug shows where"
+        assert "Traceback" not in done.stderr
+        assert out.exists() == there_before
+        assert not there_before or not list(out.iterdir())
+
+
+def test_training_that_turns_nan_in_round_1_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, train__lr=1e38, train__steps=9, train__epochs=None)
+    done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1
+    assert "round 1: training of" in done.stderr and "is none yet" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_out_becomes_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, run__rounds=1)
+    done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", "out"])
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out")
 
 
 def test_training_that_turns_nan_stops_and_names_who(tmp_path: Path) -> None:

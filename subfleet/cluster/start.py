@@ -230,7 +230,9 @@ def run_on_ray(
             cpus=where.cpus,
             gpus=where.gpus,
         )
-        coordinator = start_coordinator(job, folder, actors, where.device, list(observers))
+        coordinator = start_coordinator(
+            job, folder, actors, where.device, list(observers), progress is not None
+        )
         try:
             return follow(coordinator, progress)
         except ray.exceptions.RayTaskError as error:
@@ -243,9 +245,13 @@ def run_on_ray(
         except ray.exceptions.RayActorError as error:
             if error.actor_init_failed:
                 raise RunFailed(f"the coordinator cannot start: {brief(error)}") from error
+            remedy = (
+                "the run folder holds what was finished: run the same command again with --resume"
+                if folder.begun
+                else "no round was finished: free memory, or set fewer run.hosts, and start again"
+            )
             raise RunFailed(
-                "the coordinator's process died, as it does when memory runs out; the run folder "
-                "holds the last checkpoint: run the same command again with --resume"
+                f"the coordinator's process died, as it does when memory runs out; {remedy}"
             ) from error
         finally:
             for actor in (coordinator, *actors):

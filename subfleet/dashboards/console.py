@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,9 +29,28 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+class LoggedWarnings:
+    """An `Observer` for runs that nobody watches: logs the warnings, and is silent else."""
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """Log `info["warnings"]`."""
+        for warning in info.get("warnings", ()):
+            logging.getLogger("subfleet").warning(warning)
+
+    def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
+        """Nothing to say."""
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        """Nothing to say."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
 class ConsoleProgress:
     """An `Observer`: a live line on a terminal, else one plain line every few seconds.
 
+    Warnings come first, a line each.
     Writes to stderr unless given another console, so that stdout stays for results.
     Accuracy and loss are of the last round that had them.
     """
@@ -48,7 +68,9 @@ class ConsoleProgress:
         self._task = TaskID(0)
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Show the bar, at `info["start"]` rounds done."""
+        """Show the warnings, then the bar, at `info["start"]` rounds done."""
+        for warning in info.get("warnings", ()):
+            self._plain(f"warning: {warning}")
         start = info.get("start", 0)
         self._left.update(start, time.monotonic())
         if self._console.is_terminal:

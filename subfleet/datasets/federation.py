@@ -7,7 +7,7 @@ never an object per client, so that a dormant client costs a few bytes at most.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -73,6 +73,22 @@ class Federation(Protocol):
     def block(self, ids: np.ndarray, part: str) -> Block:
         """The rows of `part` ("train", "test" or "all") of the clients, in the order of `ids`."""
         ...
+
+
+def identity(data: Federation) -> dict[str, Any]:
+    """What tells these data from others, as plain JSON; a resume compares it.
+
+    Name, clients, classes and shape; and, of a federation that has one, its
+    `fingerprint`: a string that changes with its samples.
+    """
+    facts: dict[str, Any] = {
+        "name": data.name,
+        "clients": int(data.num_clients),
+        "classes": int(data.num_classes),
+        "input_shape": [int(size) for size in data.input_shape],
+    }
+    fingerprint = getattr(data, "fingerprint", None)
+    return facts if fingerprint is None else facts | {"fingerprint": str(fingerprint)}
 
 
 def checked_number(

@@ -67,8 +67,8 @@ def find_files(source: Path) -> list[tuple[Path, bool]]:
     """The JSON files of `source` and whether each is of the test part, in order of their names."""
     if not source.exists():
         raise InputError(
-            f"data folder {str(source)!r} does not exist; "
-            "give the folder that holds LEAF's train/ and test/"
+            f"data folder {str(source)!r} does not exist; give the folder that holds LEAF's "
+            "train/ and test/, e.g. --set data.source=/path/to/leaf/femnist/data"
         )
     if source.is_file():
         return [(source, False)]

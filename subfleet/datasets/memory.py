@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+
 import numpy as np
 
 from subfleet.core.errors import InputError
@@ -64,6 +67,15 @@ class InMemory:
                 f"offsets run from {ends[0]} to {ends[1]}; they must rise from 0 to {rows}, "
                 "the number of rows"
             )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest (sha256, hexadecimal) of all rows, and of who holds and trains which."""
+        digest = hashlib.sha256()
+        for array in (self._x, self._y, self._offsets, self._train):
+            digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
 
     def _rows(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of the part, client after client, and the clients' offsets."""

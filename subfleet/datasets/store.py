@@ -68,6 +68,12 @@ class Store:
         self.num_rows: int = self.manifest["rows"]
         self.dropped: list[str] = self.manifest["dropped"]  # names of clients with one row or none
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest (sha256, hexadecimal) of the clients and their rows, wherever they came from."""
+        text = json.dumps(self.manifest["files"], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def __reduce__(self) -> tuple:
         return Store, (str(self.path), self.seed, self.split)
 

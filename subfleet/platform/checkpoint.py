@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -30,7 +29,6 @@ from safetensors import SafetensorError
 from subfleet.core.errors import InputError
 from subfleet.platform.files import disk_guard, json_bytes, sync_folder, sync_tree
 
-_log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 
 
@@ -238,7 +236,7 @@ def _drop_others(folder: Path, round: int, keep: int) -> None:
 def load_latest(folder: str | os.PathLike, *, fingerprint: str) -> Checkpoint | None:
     """The newest whole checkpoint; None when there is none at all.
 
-    A damaged one is passed over with a warning, logged and returned. Raises
+    A damaged one is passed over, and its warning returned. Raises
     `InputError` when it is of another experiment, or when all are damaged.
     """
     names = _names(Path(folder)) if Path(folder).is_dir() else []
@@ -248,7 +246,6 @@ def load_latest(folder: str | os.PathLike, *, fingerprint: str) -> Checkpoint | 
             round, state = _load(path, fingerprint)
         except Damaged as damage:
             warnings.append(f"checkpoint {path} is damaged ({damage}); trying the one before")
-            _log.warning(warnings[-1])
             continue
         return Checkpoint(round, state, path, tuple(warnings))
     if warnings:

@@ -60,16 +60,19 @@ class Coordinator:
         hosts: Sequence[Any],
         device: str,
         observers: Sequence[Observer],
+        followed: bool,
     ):
         self._events = _Events()
-        self._rounds = Rounds(job, RayExecutor(hosts, device), folder, [*observers, self._events])
+        # What nobody asks for must not pile up.
+        watching = [*observers, self._events] if followed else observers
+        self._rounds = Rounds(job, RayExecutor(hosts, device), folder, watching)
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left; returns the summary."""
         return self._rounds.run()
 
     def events(self) -> list[Event]:
-        """What happened since the last call."""
+        """What happened since the last call; nothing unless `followed`."""
         return self._events.take()
 
 
@@ -81,7 +84,10 @@ def start_coordinator(*args: Any) -> Any:
 
 
 def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:
-    """Starts the coordinator and tells `progress` how it goes; returns the summary."""
+    """Starts the coordinator and tells `progress` how it goes; returns the summary.
+
+    With a `progress` the coordinator must have been told that it is followed.
+    """
     ended = coordinator.run.remote()
     while True:
         done, _ = ray.wait([ended], timeout=POLL_S if progress is not None else None)

@@ -190,8 +190,8 @@ class RayExecutor:
         raise RunFailed(
             f"none of the {len(since)} hosts has answered for {self._patience_s:g} s: their "
             "processes die, or the cluster has no free cores or memory for them; look at "
-            "`ray status`, lower run.hosts, or use --local. The run folder holds the last "
-            "checkpoint: go on with --resume"
+            "`ray status`, lower run.hosts, or use --local. After a finished round --resume goes "
+            "on from the last checkpoint"
         )
 
     def _again(self, bundle: Bundle, host: _Host, error: Exception, attempt: int) -> None:
@@ -206,8 +206,8 @@ class RayExecutor:
         if lost:
             raise RunFailed(
                 f"{what}was lost with its host {attempt} times; if memory runs out, lower "
-                "run.hosts or run.bundle_clients. The run folder holds the last checkpoint: "
-                f"go on with --resume ({brief(error)})"
+                "run.hosts or run.bundle_clients. After a finished round --resume goes on from "
+                f"the last checkpoint ({brief(error)})"
             ) from error
         raise RunFailed(
             f"{what}failed on a host: {brief(error)}; run with --local --debug to see where"

@@ -30,7 +30,8 @@ class Observer(Protocol):
     """Watches a run; the coordinator calls it, from one thread.
 
     `info`: rounds (of the whole run), start (rounds already done, 0 unless
-    resumed), config (the experiment, a nested dict), run_folder, algorithm.
+    resumed), config (the experiment, a nested dict), run_folder, algorithm,
+    warnings (sentences that whoever started the run should read).
     """
 
     def on_start(self, info: dict[str, Any]) -> None:
@@ -128,7 +129,7 @@ _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
 
 
 class ClientsLog:
-    """`clients/`: Parquet parts of one checkpoint interval each, a row per client and round.
+    """`clients/`: Parquet parts of a span of rounds each, a row per client and round.
 
     Rows wait in memory until `flush`, which must come before the checkpoint of
     the same round: what a checkpoint has seen is then always on disk.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -75,12 +76,15 @@ def _cpu_model() -> str | None:
 class RunFolder:
     """A run folder that exists and belongs to the experiment with this fingerprint.
 
-    Made by `create` (a new run) or `open` (a resume); all writing is atomic, and
-    a full disk raises `RunFailed`.
+    Made by `create` (a new run) or `open` (a resume), which make `path` absolute:
+    the run may go on in another process, with another current folder. All writing
+    is atomic, and a full disk raises `RunFailed`.
     """
 
     path: Path
     fingerprint: str
+    made: bool = field(default=False, compare=False)  # by `create`, rather than found empty
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # for who watches the run
 
     @property
     def config(self) -> Path:
@@ -113,6 +117,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def tiers(self) -> Path:
+        """Name, clients, parameters and MFLOPs of each tier, JSON."""
+        return self.path / "tiers.json"
+
+    @property
     def final(self) -> Path:
         """The super-network after the last round, safetensors."""
         return self.path / "final.safetensors"
@@ -133,58 +142,84 @@ class RunFolder:
         return self.path / "tb"
 
     @classmethod
-    def create(cls, path: str | os.PathLike, config_toml: str, fingerprint: str) -> RunFolder:
+    def create(
+        cls,
+        path: str | os.PathLike,
+        config_toml: str,
+        fingerprint: str,
+        data: Mapping[str, Any] | None = None,
+    ) -> RunFolder:
         """Start a run in a folder that is absent or empty.
 
-        Raises `InputError` for a folder that holds another run or foreign files,
-        or that cannot be written.
+        `data` says what the run trains on (see `datasets.federation.identity`); a
+        resume compares it. Raises `InputError` for a folder that holds another run
+        or foreign files, or that cannot be written.
         """
-        folder = cls(Path(path), fingerprint)
-        existed = folder.path.exists()
-        _refuse_used(folder.path)
+        where = Path(path).absolute()
+        _refuse_used(Path(path))
+        folder = cls(where, fingerprint, made=not where.exists())
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder._write_start(config_toml)
+            folder._write_start(config_toml, data)
         except OSError as error:
             raise InputError(
                 f"--out {path}: cannot be written ({error.strerror}); choose another --out"
             ) from error
         except BaseException:
-            folder._undo(remove=not existed)
+            folder.discard()
             raise
         return folder
 
-    def _write_start(self, config_toml: str) -> None:
+    def _write_start(self, config_toml: str, data: Mapping[str, Any] | None) -> None:
         # config.toml last: it is what marks a folder as a run.
-        facts = {"fingerprint": self.fingerprint, **environment()}
+        facts = {"fingerprint": self.fingerprint, "data": data, **environment()}
         write_atomic(self.environment, json_bytes(facts, indent=2))
         self.checkpoints.mkdir()
         self.clients.mkdir()
         write_atomic(self.config, config_toml.encode())
 
-    def _undo(self, *, remove: bool) -> None:
-        for file in (self.config, self.environment):
+    @property
+    def begun(self) -> bool:
+        """Whether a round was finished: there is a line of metrics, or a checkpoint."""
+        lines = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return lines or any(self.checkpoints.glob("round-*"))
+
+    def discard(self) -> None:
+        """Remove what a run wrote, and the folder itself if `create` made it.
+
+        Files of other names stay, and with them the folder.
+        """
+        # config.toml first: what is left by a kill in between is no run.
+        files = (self.config, self.environment, self.engine, self.metrics, self.tiers)
+        for file in (*files, self.summary, self.final):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.clients, *([self.path] if remove else [])):
-            if folder.is_dir():
-                folder.rmdir()
+        for folder in (self.checkpoints, self.clients, self.kept, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.made and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike, fingerprint: str, config_toml: str | None = None
+        cls,
+        path: str | os.PathLike,
+        fingerprint: str,
+        config_toml: str | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Take up a run again.
 
         Raises `InputError` when there is no run, or when it is of another
         experiment; with `config_toml` the message names the first keys that differ.
+        With `data` also when it was trained on other data.
         """
-        folder = cls(Path(path), fingerprint)
+        folder = cls(Path(path).absolute(), fingerprint)
         if not folder.config.is_file():
             raise InputError(
                 f"--resume: {path} holds no run (no config.toml); "
                 "leave out --resume to start one, or give the --out of the run"
             )
-        there = folder.read_environment().get("fingerprint")
+        facts = folder.read_environment()
+        there = facts.get("fingerprint")
         if there != fingerprint:
             different = _differences(folder.config.read_text(), config_toml)
             raise InputError(
@@ -192,6 +227,8 @@ class RunFolder:
                 f"{str(there)[:12]}, this one {fingerprint[:12]}); "
                 "give the same experiment, or another --out"
             )
+        if data is not None:
+            _refuse_other_data(path, facts.get("data") or {}, data)
         folder.checkpoints.mkdir(exist_ok=True)
         folder.clients.mkdir(exist_ok=True)
         return folder
@@ -234,8 +271,8 @@ class RunFolder:
         write_atomic(self.summary, json_bytes(summary, indent=2))
 
     def write_tiers(self, rows: Any) -> None:
-        """Replace `tiers.json`: name, clients, parameters and MFLOPs of each tier."""
-        write_atomic(self.path / "tiers.json", json_bytes(rows, indent=2))
+        """Replace `tiers.json`."""
+        write_atomic(self.tiers, json_bytes(rows, indent=2))
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary, or None before it was written."""
@@ -277,6 +314,25 @@ def _refuse_used(path: Path) -> None:
         return
     holds = "holds another run" if "config.toml" in names else f"holds other files ({names[0]}, …)"
     raise InputError(f"--out {path}: {holds}; --resume or another --out")
+
+
+def _refuse_other_data(
+    path: str | os.PathLike, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    keys = [key for key in here if there.get(key) != here[key]]
+    if not keys:
+        return
+    shown = [
+        f"{key} {_short(there.get(key, 'unknown'))} there, {_short(here[key])} here" for key in keys
+    ]
+    raise InputError(
+        f"--resume: {path} holds a run on other data ({'; '.join(shown)}): the data changed "
+        "since it began; give the same data, or another --out"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 32 else str(value)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

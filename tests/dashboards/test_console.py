@@ -1,8 +1,9 @@
 import io
 
+import pytest
 from rich.console import Console
 
-from subfleet.dashboards.console import ConsoleProgress, Preparation, print_end
+from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation, print_end
 
 ROWS = [
     {"tier": "high", "clients": 333, "params": 1_234_567, "mflops": 29.353, "accuracy": 0.777},
@@ -46,6 +47,23 @@ def test_a_live_bar_on_a_terminal():
     text = out.file.getvalue()
     assert "\x1b[" in text
     assert "4/4" in text and "acc 0.500" in text and "0s left" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_warnings_come_first_and_whole(terminal):
+    out = console(terminal, width=20)
+    progress = ConsoleProgress(4, out)
+    progress.on_start({"rounds": 4, "warnings": ["a checkpoint [3] is damaged", "and more"]})
+    progress.close()
+    text = out.file.getvalue()
+    assert text.startswith("warning: a checkpoint [3] is damaged\nwarning: and more\n")
+
+
+def test_without_a_console_warnings_are_logged(caplog):
+    play(LoggedWarnings(), 2)
+    assert caplog.text == ""
+    LoggedWarnings().on_start({"warnings": ["a checkpoint is damaged"]})
+    assert "a checkpoint is damaged" in caplog.text
 
 
 def test_close_gives_the_terminal_back():

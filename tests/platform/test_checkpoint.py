@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 
 import numpy as np
@@ -144,16 +143,14 @@ def empty_manifest(path):
         lambda path: (path / "state.json").unlink(),
     ],
 )
-def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, damage):
     for number in (1, 2):
         state = {"t": torch.ones(5), "a": np.ones(5), "n": number}
         newest = checkpoint.save(tmp_path, number, state, fingerprint="f")
     damage(newest)
-    with caplog.at_level(logging.WARNING):
-        found = checkpoint.load_latest(tmp_path, fingerprint="f")
+    found = checkpoint.load_latest(tmp_path, fingerprint="f")
     assert found is not None and found.round == 1 and found.state["n"] == 1
     assert len(found.warnings) == 1 and "round-000002 is damaged" in found.warnings[0]
-    assert found.warnings[0] in caplog.text
     # The round is reached again: the whole one takes the damaged one's place.
     checkpoint.save(tmp_path, 2, {"n": 2}, fingerprint="f")
     again = checkpoint.load_latest(tmp_path, fingerprint="f")

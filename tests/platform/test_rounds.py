@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -198,7 +199,7 @@ class Remembers(FedAvg):
         state["seen"].append([round, cohort.id.tolist(), before])
         return RoundPlan(tasks, plan.shared)
 
-    def server_step(self, state, plan, reduced, server_data=None):
+    def server_step(self, state, plan, reduced):
         return state | super().server_step(state, plan, reduced)
 
 
@@ -231,7 +232,7 @@ def test_phases_reports_and_last_rounds_survive_a_crash(tmp_path, stop):
     assert max(n for _, _, before in whole["seen"] for n in before) >= 1
 
 
-def test_a_damaged_checkpoint_costs_rounds_but_none_is_there_twice(tmp_path, caplog):
+def test_a_damaged_checkpoint_costs_rounds_but_none_is_there_twice(tmp_path):
     """Client parts and lines beyond the checkpoint that is left are on disk already: cut off."""
     whole = toys.run(toys.job(fedavg(), data(), checkpoint_every=2), tmp_path / "run")
     before = cohorts(tmp_path / "run")
@@ -241,12 +242,60 @@ def test_a_damaged_checkpoint_costs_rounds_but_none_is_there_twice(tmp_path, cap
             file.write_bytes(file.read_bytes()[:10])
     # Checkpoints now come at other rounds, so that the new parts do not bear the old ones' names.
     job = toys.job(fedavg(), data(), checkpoint_every=1)
-    again = toys.run(job, tmp_path / "run", resume=True)
-    assert f"{newest} is damaged" in caplog.text
+    told = Told()
+    again = toys.run(job, tmp_path / "run", resume=True, observers=(told,))
+    (warning,) = told.info["warnings"]
+    assert f"{newest} is damaged" in warning
     assert again["params_sha256"] == whole["params_sha256"]
     assert cohorts(tmp_path / "run") == before
     lines = [r["round"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert lines == [1, 2, 3, 4]
+
+
+class Told(toys.StopAfter):
+    """An observer that remembers how the run began."""
+
+    def __init__(self):
+        super().__init__(-1)
+        self.info = {}
+
+    def on_start(self, info):
+        self.info = info
+
+
+def test_rows_of_clients_do_not_wait_for_the_end_without_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("subfleet.platform.rounds.FLUSH_ROUNDS", 2)
+    job = toys.job(fedavg(rounds=5), data(), checkpoint_every=0)
+    toys.run(job, tmp_path / "run")
+    parts = sorted(p.name for p in (tmp_path / "run" / "clients").iterdir())
+    assert [p.removesuffix(".parquet")[-6:] for p in parts] == ["000002", "000004", "000005"]
+    assert sorted(cohorts(tmp_path / "run")) == [1, 2, 3, 4, 5]
+    # A crash after a flush: nothing is there twice.
+    with pytest.raises(toys.Crash):
+        toys.run(job, tmp_path / "cut", observers=(toys.StopAfter(3),))
+    toys.run(job, tmp_path / "cut", resume=True)
+    assert cohorts(tmp_path / "cut") == cohorts(tmp_path / "run")
+
+
+def open_files(folder):
+    links = (
+        os.readlink(f"/proc/self/fd/{number}")
+        for number in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{number}")
+    )
+    return [link for link in links if link.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_run_closes_what_it_opened_and_keeps_only_what_is_kept(tmp_path, norm):
+    net = toys.mlp(norm=norm)
+    job = toys.job(FedPA(toys.setting(net, (1.0, 0.5), rounds=2)), data())
+    assert job.work.algorithm.keeps == norm
+    toys.run(job, tmp_path / "run")
+    assert (tmp_path / "run" / "kept").exists() == norm
+    with pytest.raises(toys.Crash):
+        toys.run(job, tmp_path / "cut", observers=(toys.StopAfter(1),))
+    assert open_files(tmp_path) == []
 
 
 @dataclass(frozen=True)
@@ -262,7 +311,7 @@ class Collects(FedAvg):
         plan = super().plan(state, cohort, round)
         return RoundPlan(sorted(plan.tasks, key=lambda t: (-(t.client % 3), t.client)), plan.shared)
 
-    def server_step(self, state, plan, reduced, server_data=None):
+    def server_step(self, state, plan, reduced):
         assert [item.task.client for item in reduced] == [task.client for task in plan.tasks]
         total = sum(item.task.weight for item in reduced)
         params = {

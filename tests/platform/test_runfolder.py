@@ -60,6 +60,47 @@ def test_open_refuses_another_experiment_and_names_the_keys(tmp_path):
         RunFolder.open(tmp_path, "f2", "not [ toml")
 
 
+def test_open_refuses_other_data_and_says_what_differs(tmp_path):
+    facts = {"name": "mine", "clients": 89, "fingerprint": "a" * 64}
+    RunFolder.create(tmp_path, CONFIG, "f1", facts)
+    RunFolder.open(tmp_path, "f1", CONFIG, facts)
+    with pytest.raises(InputError, match=r"run on other data \(clients 89 there, 90 here\)"):
+        RunFolder.open(tmp_path, "f1", CONFIG, facts | {"clients": 90})
+    with pytest.raises(InputError, match=r"fingerprint a{12}… there, b{12}… here"):
+        RunFolder.open(tmp_path, "f1", CONFIG, facts | {"fingerprint": "b" * 64})
+
+
+def test_paths_are_absolute_wherever_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = RunFolder.create("run", CONFIG, "f1")
+    assert made.path == RunFolder.open("run", "f1").path == tmp_path / "run"
+
+
+def test_discard_takes_what_the_run_wrote_and_nothing_else(tmp_path):
+    for name, found in [("new", False), ("found", True), ("shared", True)]:
+        path = tmp_path / name
+        if found:
+            path.mkdir()
+        made = RunFolder.create(path, CONFIG, "f1")
+        made.write_engine([])
+        made.write_tiers([])
+        made.tensorboard.mkdir()
+        (made.tensorboard / "events").write_text("x")
+        if name == "shared":
+            (path / "notes.txt").write_text("mine")
+        assert not made.begun
+        made.discard()
+    assert names(tmp_path) == ["found", "shared", "shared/notes.txt"]
+
+
+def test_a_run_has_begun_with_its_first_line(tmp_path):
+    made = RunFolder.create(tmp_path, CONFIG, "f1")
+    made.metrics.write_text("")
+    assert not made.begun
+    made.metrics.write_text('{"round": 1}\n')
+    assert made.begun
+
+
 def test_open_refuses_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         RunFolder.open(tmp_path / "absent", "f1")
