@@ -118,6 +118,23 @@ class Chunk:
         x, y = self.rows(index, part)
         return net.images(torch.as_tensor(x), self.scale), torch.as_tensor(y).to(self.device)
 
+    def stacked(self, group: range, part: str, net: Images) -> tuple[Tensor, Tensor]:
+        """The rows of several clients side by side, [K, N, ...], the shorter padded with zeros."""
+        block, at = self.blocks[part], [self.positions[i] for i in group]
+        counts = {int(block.offsets[p + 1] - block.offsets[p]) for p in at}
+        if len(counts) == 1 and at == list(range(at[0], at[0] + len(at))) and 0 not in counts:
+            # Neighbours of one length lie in the block as they are wanted: no copy.
+            first, last = block.offsets[at[0]], block.offsets[at[-1] + 1]
+            x = net.images(torch.as_tensor(block.x[first:last]), self.scale)
+            y = torch.as_tensor(block.y[first:last]).to(self.device)
+            return x.unflatten(0, (len(at), -1)), y.unflatten(0, (len(at), -1))
+        clients = [self.data(i, part, net) for i in group]
+        longest = max(1, *(len(y) for _, y in clients))  # a padded batch points at row 0
+        return (
+            torch.stack([_extended(x, longest) for x, _ in clients]),
+            torch.stack([_extended(y, longest) for _, y in clients]),
+        )
+
     def schedule(self, index: int, stream: Stream) -> list[np.ndarray]:
         """The client's steps as row numbers."""
         block, at = self.blocks[stream.part], self.positions[index]
@@ -133,3 +150,9 @@ class Chunk:
     def noise_key(self, index: int) -> int:
         """The key of a client's first step; step i adds i."""
         return seeds.key(self.seed, "noise", round=self.round, client=self.tasks[index].client)
+
+
+def _extended(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])

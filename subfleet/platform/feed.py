@@ -21,11 +21,8 @@ class Feed:
     def __init__(
         self, chunk: Chunk, group: range, stream: Stream, net: Resident, *, cycle: int | None = None
     ):
-        clients = [chunk.data(i, stream.part, net) for i in group]
-        longest = max(1, *(len(y) for _, y in clients))  # a padded batch points at row 0
         self.device = chunk.device
-        self.x_KN = torch.stack([_extended(x, longest) for x, _ in clients])
-        self.y_KN = torch.stack([_extended(y, longest) for _, y in clients])
+        self.x_KN, self.y_KN = chunk.stacked(group, stream.part, net)
         schedules = [chunk.schedule(i, stream) for i in group]
         self.num_steps_K = [len(schedule) for schedule in schedules]
         if cycle is not None:
@@ -72,9 +69,3 @@ class Feed:
         total_K = np.where(self.num_rows_KS > 0, loss_KS * self.num_rows_KS, 0.0).sum(axis=1)
         with np.errstate(invalid="ignore"):
             return (total_K / self.num_rows_KS.sum(axis=1)).tolist()
-
-
-def _extended(x: Tensor, rows: int) -> Tensor:
-    if len(x) == rows:
-        return x
-    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])

@@ -96,6 +96,7 @@ def _loss_clients(
                 _frozen_step(program, weights, listed, velocity, anchor, active_K)
             losses.append(loss_K)
     mean_K, num_rows_K = feed.means(losses), feed.num_rows_K
+    all_finite = finite(weights)  # one look at all of them; at each only where that fails
     for k, index in enumerate(group):
         mine = {name: value[k] for name, value in (trainable | buffers).items()}
         if program.finish is None:
@@ -105,7 +106,7 @@ def _loss_clients(
                 chunk.start(index), mine, chunk.kept(index), chunk.inputs(index)
             )
         healthy = num_rows_K[k] == 0 or (
-            math.isfinite(mean_K[k]) and finite([mine[name] for name in trainable])
+            math.isfinite(mean_K[k]) and (all_finite or finite([mine[name] for name in trainable]))
         )
         yield Trained(result, mean_K[k], feed.num_steps_K[k], num_rows_K[k], healthy, mine)
 
