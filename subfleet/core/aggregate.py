@@ -6,7 +6,8 @@ With m_k[j] in {0, 1} the coverage of client k at coordinate j and a_k its weigh
     w_new[j] = num[j] / den[j] if den[j] > 0 else w[j]
 
 a_k = 1 gives ADDS (Eq. 19), a_k = n_k gives APFL's FedPA and, with full maps, FedAvg.
-Sums are float64 and clients are added one by one, in the order of the calls.
+Sums are float64 and clients are added one by one, in the order of the calls. A leaf
+that no map cuts (see `subfleet.core.units`) is covered as a whole by whoever returns it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def accumulate(
     """Add one client, in place: `tensors` are its small tensors, `weight` its a_k >= 0.
 
     The tensors are on the CPU, of any floating type, and are not kept. Raises `InputError` for a
-    weight that is negative or not finite, for unknown names and for wrong shapes.
+    weight that is negative or not finite and for wrong shapes.
 
     >>> from subfleet.core.units import Unit
     >>> space = UnitSpace({"h": 4}, {"b": (Unit("h"),)}, {"b": (4,)})
@@ -140,8 +141,7 @@ def merge(a: Update, b: Update, space: UnitSpace, *, reuse: bool = False) -> Upd
         if result.dense is not None:
             _add_part_dense(result.dense, space, part)
         elif (mine := result.parts.get(key)) is not None:
-            for name, total in part.total.items():
-                mine.total[name].add_(total)
+            _add_sums(mine.total, part.total)
             mine.weight += part.weight
             mine.clients += part.clients
         else:
@@ -174,16 +174,16 @@ def finish(
     not cover a coordinate pull it towards its current value:
     w + sum_k p_k pad(w_k - w[I_k]) with p_k = a_k / sum a.
     Tensors that nobody returned come back as they are (the same objects). Raises
-    `InputError` when clients returned a tensor that `current` does not hold.
+    `InputError` when clients returned a tensor that `current` does not hold in that shape.
     """
     if normaliser not in ("count", "all"):
         raise InputError(f"unknown normaliser {normaliser!r}; choose count or all")
     if normaliser == "count" and (only := _only_full_part(update, space)) is not None:
-        _refuse_unknown(only.total, current)
+        _refuse_misfits(only.total, current)
         mean = {n: (t / only.weight).to(current[n].dtype) for n, t in only.total.items()}
         return {name: mean.get(name, tensor) for name, tensor in current.items()}
     num, den = sums(update, space)
-    _refuse_unknown(num, current)
+    _refuse_misfits(num, current)
     new = dict(current)
     for name in num:
         now = current[name]
@@ -242,10 +242,7 @@ def _add_to_part(part: Part, tensors: Mapping[str, Tensor], weight: float) -> No
     for name, total in part.total.items():
         tensor = tensors[name]
         if tensor.shape != total.shape:
-            raise InputError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, other clients with its map "
-                f"{tuple(total.shape)}; use the map that the tensor was cut with"
-            )
+            raise _shapes_differ(name, tensor, total)
         total.add_(tensor, alpha=weight)
     part.weight += weight
     part.clients += 1
@@ -263,10 +260,11 @@ def _add_dense(
 ) -> None:
     """Add where the map covers: num += scale * tensors, den += weight."""
     space.check(tensors, map)
-    for name in tensors:
+    for name, tensor in tensors.items():
         if name not in dense.num:
-            dense.num[name] = torch.zeros(space.shapes[name], dtype=torch.float64)
-            dense.den[name] = torch.zeros(space.shapes[name], dtype=torch.float64)
+            shape = space.full_shape(name, tensor)
+            dense.num[name] = torch.zeros(shape, dtype=torch.float64)
+            dense.den[name] = torch.zeros(shape, dtype=torch.float64)
     space.scatter_add_(dense.num, tensors, map, alpha=scale)
     space.add_constant_({name: dense.den[name] for name in tensors}, map, weight)
     if not dense.units:
@@ -292,18 +290,33 @@ def _count(counts: dict[str, np.ndarray], space: UnitSpace, map: IndexMap, clien
 
 def _add_sums(into: Tensors, other: Tensors) -> None:
     for name, tensor in other.items():
-        if name in into:
+        if name not in into:
+            into[name] = tensor.clone()
+        elif tensor.shape == into[name].shape:
             into[name].add_(tensor)
         else:
-            into[name] = tensor.clone()
+            raise _shapes_differ(name, tensor, into[name])
 
 
-def _refuse_unknown(returned: Tensors, current: Mapping[str, Tensor]) -> None:
+def _shapes_differ(name: str, tensor: Tensor, total: Tensor) -> InputError:
+    return InputError(
+        f"tensor {name!r} has shape {tuple(tensor.shape)}, other clients with its map "
+        f"{tuple(total.shape)}; use the map that the tensor was cut with"
+    )
+
+
+def _refuse_misfits(returned: Tensors, current: Mapping[str, Tensor]) -> None:
     if extra := sorted(returned.keys() - current.keys()):
         raise InputError(
             f"clients returned tensors {extra} that the server does not hold; "
             "leave them out of the update or keep them on the server"
         )
+    for name, tensor in returned.items():
+        if tensor.shape != current[name].shape:
+            raise InputError(
+                f"clients returned tensor {name!r} with full shape {tuple(tensor.shape)}, the "
+                f"server holds {tuple(current[name].shape)}; give both one shape"
+            )
 
 
 def _only_full_part(update: Update, space: UnitSpace) -> Part | None:

@@ -4,6 +4,11 @@ A *unit* is a channel or a neuron. A *unit group* is a set of units that are kep
 or dropped together everywhere they appear. An *axis binding* says which indices
 of one tensor axis belong to the kept units; a `UnitSpace` holds the bindings of a
 whole super-network, cuts sub-networks out of it and puts them back.
+
+A tree may hold leaves beside the network's own tensors. A leaf whose name ends, after
+its last "/", in the name of a tensor is cut like that tensor: "momentum/conv1.weight"
+like "conv1.weight". Every other leaf is *free*: no map cuts it, it travels whole, and
+whoever returns it covers all of it.
 """
 
 from __future__ import annotations
@@ -35,10 +40,24 @@ Tensors = dict[str, Tensor]
 class _Cut(NamedTuple):
     """How one tensor is sliced: contiguous axes as slices, the others by index."""
 
-    shape: torch.Size
+    shape: torch.Size | None  # None: a free leaf, of any shape
     slices: tuple[slice, ...] | None  # None: every axis whole
     select: tuple[tuple[int, Tensor], ...]  # (axis, int64 indices) of non-contiguous axes
     grid: tuple[Tensor, ...] | None  # broadcast indices when several axes are selected
+
+
+_FREE = _Cut(None, None, (), None)
+
+
+class _Cuts(dict[str, _Cut]):
+    """The cuts of one map; a name that is not a tensor's own is looked up by the rule above."""
+
+    def __missing__(self, name: str) -> _Cut:
+        return self.get(_last(name), _FREE)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 _MAX_CUTS = 256  # random maps differ for every client; keep a bundle's worth
@@ -60,7 +79,7 @@ class UnitSpace:
     groups: Mapping[str, int]
     axes: Mapping[str, tuple[Binding, ...]]
     shapes: Mapping[str, tuple[int, ...]]
-    _cuts: OrderedDict[bytes, dict[str, _Cut]] = field(
+    _cuts: OrderedDict[bytes, _Cuts] = field(
         default_factory=OrderedDict, init=False, repr=False, compare=False
     )
 
@@ -146,6 +165,23 @@ class UnitSpace:
         kept = map.kept.get(group)
         return np.arange(self.size(group)) if kept is None else kept
 
+    def bound(self, name: str) -> str | None:
+        """The tensor whose bindings cut a leaf of this name; None for a free leaf.
+
+        >>> space = UnitSpace({"h": 3}, {"w": (Unit("h"),)}, {"w": (3,)})
+        >>> space.bound("w"), space.bound("momentum/w"), space.bound("device")
+        ('w', 'w', None)
+        """
+        if name in self.shapes:
+            return name
+        last = _last(name)
+        return last if last in self.shapes else None
+
+    def full_shape(self, name: str, leaf: Tensor) -> tuple[int, ...]:
+        """The shape of a leaf before any cut; a free leaf's is its own."""
+        bound = self.bound(name)
+        return tuple(leaf.shape) if bound is None else tuple(self.shapes[bound])
+
     def slice_shapes(self, map: IndexMap) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the sub-network."""
         counts = self.counts_by_group(map)
@@ -162,6 +198,14 @@ class UnitSpace:
         shapes = self.slice_shapes(map)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in without)
 
+    def cut_numel(self, tensors: Mapping[str, Tensor], map: IndexMap) -> int:
+        """Entries of the sub-network's cut of a tree of full tensors, free leaves whole."""
+        shapes = self.slice_shapes(map)
+        return sum(
+            leaf.numel() if (of := self.bound(name)) is None else math.prod(shapes[of])
+            for name, leaf in tensors.items()
+        )
+
     # -- cutting out and putting back
 
     def extract(
@@ -176,9 +220,7 @@ class UnitSpace:
         cuts = self._cuts_for(map)
         small = {}
         for name, tensor in tensors.items():
-            cut = cuts.get(name)
-            if cut is None:
-                raise self._unknown(name)
+            cut = cuts[name]
             piece = tensor if cut.slices is None else tensor[cut.slices]
             for axis, index in cut.select:
                 piece = piece.index_select(axis, _on(index, tensor))
@@ -196,10 +238,10 @@ class UnitSpace:
         place and returned. Names absent from `small` stay absent (or untouched).
         """
         if out is None:
-            out = {n: t.new_zeros(self.shapes[n]) for n, t in small.items() if n in self.shapes}
+            out = {n: t.new_zeros(self.full_shape(n, t)) for n, t in small.items()}
         cuts = self._cuts_for(map)
         for name, tensor in small.items():
-            cut = self._checked(cuts, name, tensor)
+            cut = self._checked(cuts, name, tensor, out)
             view = out[name] if cut.slices is None else out[name][cut.slices]
             if cut.grid is not None:
                 view[tuple(_on(i, tensor) for i in cut.grid)] = tensor.to(view.dtype)
@@ -216,7 +258,7 @@ class UnitSpace:
         """`dense[covered] += alpha * small`, in place and in the dtype of `dense`."""
         cuts = self._cuts_for(map)
         for name, tensor in small.items():
-            cut = self._checked(cuts, name, tensor)
+            cut = self._checked(cuts, name, tensor, dense)
             view = dense[name] if cut.slices is None else dense[name][cut.slices]
             if cut.grid is not None:
                 grid = tuple(_on(i, tensor) for i in cut.grid)
@@ -243,47 +285,42 @@ class UnitSpace:
                 view.add_(value)
 
     def coverage(self, map: IndexMap, dtype: torch.dtype = torch.float32) -> Tensors:
-        """1 where the map keeps a coordinate, 0 elsewhere; full shapes."""
+        """1 where the map keeps a coordinate of the network, 0 elsewhere; full shapes."""
         dense = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.shapes.items()}
         self.add_constant_(dense, map, 1.0)
         return dense
 
-    def axis_coverage(self, map: IndexMap) -> dict[str, tuple[np.ndarray, ...]]:
-        """The coverage as one bool array for each axis; their outer product is `coverage`."""
-        covered = {}
-        for name, bindings in self.axes.items():
-            masks = [np.zeros(size, dtype=bool) for size in self.shapes[name]]
-            for mask, binding in zip(masks, bindings, strict=True):
-                mask[self.indices(binding, map, len(mask))] = True
-            covered[name] = tuple(masks)
-        return covered
-
     def check(self, small: Mapping[str, Tensor], map: IndexMap) -> None:
-        """Raise `InputError` unless every tensor has the shape that the map cuts out."""
+        """Raise `InputError` unless every tensor has the shape that the map cuts out.
+
+        Free leaves have any shape.
+        """
         cuts = self._cuts_for(map)
         for name, tensor in small.items():
             self._checked(cuts, name, tensor)
 
-    def _checked(self, cuts: dict[str, _Cut], name: str, small: Tensor) -> _Cut:
-        if name not in cuts:
-            raise self._unknown(name)
-        if small.shape != cuts[name].shape:
+    def _checked(
+        self, cuts: _Cuts, name: str, small: Tensor, full: Mapping[str, Tensor] | None = None
+    ) -> _Cut:
+        cut = cuts[name]
+        if cut.shape is None:
+            if full is not None and small.shape != full[name].shape:
+                raise InputError(
+                    f"tensor {name!r} has shape {tuple(small.shape)}, elsewhere "
+                    f"{tuple(full[name].shape)}; no map cuts it: give it one shape"
+                )
+        elif small.shape != cut.shape:
             raise InputError(
                 f"tensor {name!r} has shape {tuple(small.shape)}, the map cuts out "
-                f"{tuple(cuts[name].shape)}; use the map that the tensor was cut with"
+                f"{tuple(cut.shape)}; use the map that the tensor was cut with"
             )
-        return cuts[name]
+        return cut
 
-    def _unknown(self, name: str) -> InputError:
-        return InputError(
-            f"tensor {name!r} is not in this network; {did_you_mean(name, self.shapes)}"
-        )
-
-    def _cuts_for(self, map: IndexMap) -> dict[str, _Cut]:
+    def _cuts_for(self, map: IndexMap) -> _Cuts:
         cuts = self._cuts.get(map.key)
         if cuts is None:
             self.validate(map)
-            cuts = {name: self._cut(name, map) for name in self.axes}
+            cuts = _Cuts((name, self._cut(name, map)) for name in self.axes)
             self._cuts[map.key] = cuts
             if len(self._cuts) > _MAX_CUTS:
                 self._cuts.popitem(last=False)

@@ -295,6 +295,43 @@ def test_zero_weight_covers_nothing():
     assert coverage_counts(update, BIAS)["h"].tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("distinct", [2, 30])
+def test_leaves_that_no_map_cuts_are_covered_whole(distinct):
+    """A moment that is cut like its weights, and a row that every third client returns."""
+    clients, rows = [], []
+    for i, (kept, tensors, weight) in enumerate(random_clients(4, 40, distinct=distinct)):
+        tensors = tensors | {f"moment/{n}": -t for n, t in tensors.items()}
+        if i % 3 == 0:
+            tensors["row"] = torch.full((2,), float(i))
+            rows.append((weight, i))
+        clients.append((kept, tensors, weight))
+    start = random_tensors(np.random.default_rng(2))
+    current = start | {f"moment/{n}": -t for n, t in start.items()}
+    current |= {"row": torch.zeros(2), "nobody": torch.ones(5)}
+    first, _ = read_only_copy(total(clients[:20]))
+    both = merge(first, total(clients[20:]), SPACE, reuse=True)
+    plain = finish(total([(k, {n: t[n] for n in start}, w) for k, t, w in clients]), SPACE, start)
+    new = finish(both, SPACE, current)
+    assert_close({n: new[n] for n in start}, plain)
+    assert_close({n: -new[f"moment/{n}"] for n in start}, plain)
+    mean = sum(w * i for w, i in rows) / sum(w for w, _ in rows)
+    assert new["row"].tolist() == pytest.approx([mean] * 2)
+    assert new["nobody"] is current["nobody"]
+    every = finish(both, SPACE, current, "all")["row"]  # those without the row leave it at 0
+    assert every.tolist() == pytest.approx([sum(w * i for w, i in rows) / both.weight] * 2)
+
+
+@pytest.mark.parametrize("kept", [IndexMap.full(), IndexMap.prefix({"h": 2})])
+def test_a_free_leaf_has_one_shape(kept):
+    a, b = (total([(kept, {"row": torch.ones(n)}, 1)], BIAS) for n in (1, 3))
+    with pytest.raises(InputError, match=r"'row' has shape"):
+        merge(a, b, BIAS)
+    with pytest.raises(InputError, match=r"'row' has shape"):
+        accumulate(b, BIAS, kept, {"row": torch.ones(1)})
+    with pytest.raises(InputError, match=r"'row' with full shape \(3,\), the server holds \(1,\)"):
+        finish(b, BIAS, {"row": torch.zeros(1)})
+
+
 def test_bad_contributions_are_refused():
     update = Update()
     for kept in (IndexMap.full(), IndexMap.prefix({"h": 2})):
@@ -304,8 +341,6 @@ def test_bad_contributions_are_refused():
     for weight in (-1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="aggregation weight"):
             accumulate(update, BIAS, IndexMap.full(), {"b": torch.ones(4)}, weight)
-    with pytest.raises(InputError, match="not in this network"):
-        accumulate(update, BIAS, IndexMap.full(), {"c": torch.ones(4)})
     for _ in range(2):  # the first client of a map, and a later one
         with pytest.raises(InputError, match="'b' has shape"):
             accumulate(update, BIAS, IndexMap.full(), {"b": torch.ones(1)})

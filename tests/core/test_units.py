@@ -120,12 +120,13 @@ def test_extract_scatter_extract_is_the_identity(kept):
 def test_coverage_is_the_scatter_of_ones_and_the_outer_product(kept):
     ones = {n: torch.ones(s) for n, s in SPACE.slice_shapes(kept).items()}
     scattered, coverage = SPACE.scatter(ones, kept), SPACE.coverage(kept)
-    axes = SPACE.axis_coverage(kept)
-    for name in AXES:
+    for name, bindings in AXES.items():
         assert torch.equal(scattered[name], coverage[name])
         outer = np.ones(())
-        for mask in axes[name]:
-            outer = np.multiply.outer(outer, mask)
+        for binding, size in zip(bindings, SPACE.shapes[name], strict=True):
+            outer = np.multiply.outer(
+                outer, np.isin(np.arange(size), SPACE.indices(binding, kept, size))
+            )
         np.testing.assert_array_equal(coverage[name].numpy(), outer)
     assert sum(c.sum() for c in coverage.values()) == SPACE.slice_numel(kept)
 
@@ -298,10 +299,31 @@ def test_maps_that_do_not_fit_the_space():
         SPACE.extract(numbered(SPACE), IndexMap.prefix({"conv": 1}))
     with pytest.raises(InputError, match="5 units asked of 4"):
         IndexMap.random(SPACE, {"c": 5}, rng(0))
-    with pytest.raises(InputError, match=r"did you mean 'conv\.bias'"):
-        SPACE.extract({"conv.bia": torch.zeros(1)}, IndexMap.full())
     with pytest.raises(InputError, match=r"shape \(4,\), the map cuts out \(3,\)"):
         SPACE.scatter({"conv.bias": torch.zeros(4)}, IndexMap.full())
+
+
+@given(maps())
+def test_leaves_beside_the_network_are_bound_by_their_last_part_or_free(kept):
+    full = numbered(SPACE)
+    leaves = {"free": torch.tensor([7.0, 8.0]), "scalar": torch.tensor(2.0)}
+    leaves |= {f"adam/m/{n}": -t for n, t in full.items()}
+    small, alone = SPACE.extract(leaves, kept), SPACE.extract(full, kept)
+    assert torch.equal(small["free"], leaves["free"]) and small["scalar"] == 2
+    assert small["free"].data_ptr() != leaves["free"].data_ptr()
+    assert all(torch.equal(small[f"adam/m/{n}"], -alone[n]) for n in full)
+    assert SPACE.cut_numel(leaves, kept) == 3 + SPACE.slice_numel(kept)
+    SPACE.check(small, kept)
+    dense = SPACE.scatter(small, kept)
+    coverage = SPACE.coverage(kept, torch.float64)
+    assert torch.equal(dense["free"], leaves["free"]) and dense["scalar"].shape == ()
+    assert all(torch.equal(dense[f"adam/m/{n}"], -full[n] * coverage[n]) for n in full)
+    SPACE.add_constant_(dense, kept, 1.0)
+    assert dense["free"].tolist() == [8, 9] and dense["scalar"] == 3
+    with pytest.raises(InputError, match=r"'free' has shape \(1,\), elsewhere \(2,\)"):
+        SPACE.scatter_add_(dense, {"free": torch.ones(1)}, kept)
+    with pytest.raises(InputError, match=r"'m/conv.bias' has shape \(9,\), the map cuts out"):
+        SPACE.check({"m/conv.bias": torch.ones(9)}, kept)
 
 
 def test_spaces_that_contradict_themselves():
