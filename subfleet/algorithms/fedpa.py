@@ -37,13 +37,11 @@ class FedPA(IndexedAveraging):
         del round
         return self.setting.tiers[tier].map
 
-    def server_step(
-        self, state: State, plan: RoundPlan, reduced: Reduced, server_data: object = None
-    ) -> State:
+    def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
         """Partial aggregation with the chosen normaliser."""
-        del plan, server_data
+        del plan
         assert isinstance(reduced, Update)
         params = aggregate.finish(
             reduced, self.setting.net.space, state["params"], normaliser=self.normaliser
         )
-        return {"params": params}
+        return state | {"params": params}

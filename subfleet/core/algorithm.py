@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from subfleet.core.aggregate import Update
+from subfleet.core.aggregate import Update, finish
 from subfleet.core.program import (
     ClientProgram,
     ClientResult,
@@ -55,8 +55,9 @@ class Cohort(NamedTuple):
 class TierSize:
     """A budget tier and the largest sub-network that its budget allows.
 
-    `flops` are multiply-accumulates of one sample's forward pass; `params` are
-    the parameters on the wire. None means unlimited.
+    `flops` and `params` are the budget's limits, None where it has none: multiply-
+    accumulates of one sample's forward pass, and parameters as papers count them,
+    without biases and norms. `map` meets both.
     """
 
     name: str
@@ -154,8 +155,8 @@ class Setting:
 class Algorithm:
     """Base of all algorithms: frozen, its fields after `setting` are its options.
 
-    A subclass states at least `phase` and `plan`; what most share lives in
-    `subfleet.algorithms.local`.
+    A subclass states at least `phase` and `plan`, and `server_step` where results are
+    collected; what most share lives in `subfleet.algorithms.local`.
     """
 
     setting: Setting
@@ -179,11 +180,12 @@ class Algorithm:
         """Which client trains which sub-network from which tree."""
         raise TypeError(f"{type(self).__name__} must define plan()")
 
-    def server_step(
-        self, state: State, plan: RoundPlan, reduced: Reduced, server_data: Any = None
-    ) -> State:
-        """The next state; by default indexed aggregation keeps what nobody covered."""
-        raise TypeError(f"{type(self).__name__} must define server_step()")
+    def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
+        """The next state; by default the indexed mean, which keeps what nobody covered."""
+        del plan
+        if not isinstance(reduced, Update):
+            raise TypeError(f"{type(self).__name__} collects results: it must define server_step()")
+        return state | {"params": finish(reduced, self.setting.net.space, state["params"])}
 
     def model(self, state: State) -> Params:
         """The super-network to evaluate, publish and export."""

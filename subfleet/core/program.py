@@ -191,7 +191,6 @@ class LossProgram:
     After the last step `finish(start, trained, kept, inputs)` may turn the
     trained tensors into a result (compress them, keep a residual). It runs
     outside vmap, once a client; None uploads the trained tensors.
-    `kind(i)` names the i-th step where kinds of step alternate.
     """
 
     loss: Loss

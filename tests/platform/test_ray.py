@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from subfleet.cli import app
@@ -22,6 +25,7 @@ from subfleet.launch import Run, assemble, launch
 from subfleet.platform.bundles import EvalBundle
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.metrics import read_metrics
+from subfleet.platform.runfolder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
@@ -53,6 +57,45 @@ def test_the_result_is_that_of_the_inline_run_on_any_number_of_hosts(
     assert run.summary["acc_local"] == inline.summary["acc_local"]
     assert_every_round_once(run, mixed_fleet)
     assert all(record["retries"] == 0 for record in run.metrics)
+
+
+def test_a_damaged_checkpoint_is_told_where_the_run_was_started(
+    mixed_fleet: Experiment, inline: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(inline.path, copy)
+    newest = max((copy / "checkpoints").glob("round-*"))
+    (newest / "tensors.safetensors").write_bytes(b"cut")
+    experiment = mixed_fleet.with_overrides(["run.hosts=1"])
+    console = Console(file=io.StringIO())
+    run = launch(experiment, out=copy, resume=True, progress=console)
+    assert f"warning: checkpoint {newest} is damaged" in console.file.getvalue()
+    assert run.summary["params_sha256"] == inline.summary["params_sha256"]
+    # Without a console they are logged, here and not on the coordinator.
+    newest = max((copy / "checkpoints").glob("round-*"))
+    (newest / "state.json").unlink()
+    launch(experiment, out=copy, resume=True)
+    assert f"checkpoint {newest} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_events_wait_only_for_who_follows(
+    followed: bool, mixed_fleet: Experiment, tmp_path: Path
+) -> None:
+    import ray
+
+    from subfleet.platform.coordinator import start_coordinator
+    from subfleet.platform.host import start_hosts
+
+    job = assemble(mixed_fleet.with_overrides(["run.rounds=1"]))
+    folder = RunFolder.create(tmp_path / "run", "", "f")
+    hosts = start_hosts(1, job.work, job.federation, device="cpu", cpus=0.5, gpus=0.0)
+    coordinator = start_coordinator(job, folder, hosts, "cpu", [], followed)
+    ray.get(coordinator.run.remote())
+    kinds = [kind for kind, _ in ray.get(coordinator.events.remote())]
+    assert kinds == (["start", "round", "end"] if followed else [])
+    for actor in (coordinator, *hosts):
+        ray.kill(actor)
 
 
 def in_round(metrics: Path, round: int) -> bool:
@@ -114,20 +157,20 @@ USER_CODE = """
     from subfleet.core.errors import InputError, RunFailed
 
     class Halfway(FedAvg):
-        def server_step(self, state, plan, reduced, server_data=None):
+        def server_step(self, state, plan, reduced):
             new = super().server_step(state, plan, reduced)["params"]
             return {"params": {k: (new[k] + v) / 2 for k, v in state["params"].items()}}
 
     class RefusesOnCoordinator(FedAvg):
-        def server_step(self, state, plan, reduced, server_data=None):
+        def server_step(self, state, plan, reduced):
             raise InputError("key=1 is out of bounds; give 0")
 
     class BreaksOnCoordinator(FedAvg):
-        def server_step(self, state, plan, reduced, server_data=None):
+        def server_step(self, state, plan, reduced):
             return {"params": state["nothing"]}
 
     class DiesOnCoordinator(FedAvg):
-        def server_step(self, state, plan, reduced, server_data=None):
+        def server_step(self, state, plan, reduced):
             os.kill(os.getpid(), signal.SIGKILL)
 
     class TurnsNaN(FedAvg):
@@ -216,6 +259,7 @@ def test_an_error_far_away_ends_the_command_as_one_here_would(
     assert result.exit_code == status, result.stderr
     assert words in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "no round was finished: nothing to resume"
 
 
 @pytest.mark.usefixtures("users_module")
