@@ -58,17 +58,20 @@ class SuperNetwork:
         """Names of what training moves: every tensor that is not a running statistic."""
         return frozenset(self.space.shapes) - self.statistics
 
-    @property
-    def buffers(self) -> frozenset[str]:
-        """Names of the running statistics."""
-        return self.statistics
-
     def init(self, seed: int) -> dict[str, Tensor]:
         """Fresh parameters and running statistics, a function of the seed alone, float32."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key(seed, "init"))
             module = drop_counters(self.build(dict(self.space.groups)))
         return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def fresh_statistics(self, map: IndexMap) -> dict[str, Tensor]:
+        """The running statistics of a sub-network that saw no data: means 0, variances 1."""
+        shapes = self.space.slice_shapes(map)
+        return {
+            name: torch.full(shapes[name], float(name.endswith("running_var")))
+            for name in sorted(self.statistics)
+        }
 
     def module(self, map: IndexMap | None = None, *, device: str = "cpu") -> nn.Module:
         """The physically small module of a map, in training mode, with arbitrary values.

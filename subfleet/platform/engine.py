@@ -6,16 +6,19 @@ It knows torch, NumPy and the core types; neither Ray nor where data come from.
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from subfleet.core import aggregate
 from subfleet.core.algorithm import Algorithm, Collected
 from subfleet.core.program import (
+    ClientProgram,
     ClientResult,
     ClientTask,
     LossProgram,
@@ -30,8 +33,9 @@ from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.record import Choice, choose, variant_name
-from subfleet.platform.resident import Resident
+from subfleet.platform.resident import Resident, finite
 
+RESIDENTS = 64  # networks kept between calls: where every client has its own shape, few return
 OK, SKIPPED = "ok", "skipped"  # skipped: its training was not finite
 
 
@@ -62,7 +66,7 @@ class Engine:
     def __init__(self, work: Work, device: str):
         self.work = work
         self.device = device
-        self._residents: dict[tuple[str, str], Resident] = {}
+        self._residents: OrderedDict[tuple[str, str], Resident] = OrderedDict()
         if device == "cpu":
             torch.set_num_threads(1)
         else:
@@ -73,10 +77,13 @@ class Engine:
             torch.backends.cudnn.allow_tf32 = False
 
     def resident(self, map: IndexMap, choice: Choice) -> Resident:
-        """The network of a variant, built on first use."""
+        """The network of a variant, built on first use; the last `RESIDENTS` are kept."""
         key = (choice.variant, choice.memory_format)
         if key not in self._residents:
             self._residents[key] = Resident(self.work.net, map, choice)
+            if len(self._residents) > RESIDENTS:
+                self._residents.popitem(last=False)
+        self._residents.move_to_end(key)
         return self._residents[key]
 
     def train(
@@ -85,7 +92,8 @@ class Engine:
         """Trains a bundle's clients and returns their partial sum, in client order."""
         phase = self.work.algorithm.phase(bundle.round)
         started = perf_counter()
-        tally = _Tally(self.work.net, len(bundle.tasks), collect=phase.reduction == "collect")
+        collect = phase.reduction == "collect"
+        tally = _Tally(self.work.net, phase.program, len(bundle.tasks), collect=collect)
         for variant, positions in bundle.chunks():
             tasks = [bundle.tasks[i] for i in positions]
             choice = bundle.choices[variant_name(variant)]
@@ -164,7 +172,6 @@ class Engine:
         if program is None:
             return None
         sizes = np.diff(blocks[program.stream.part].offsets).tolist()
-        fresh = evaluation.fresh_statistics(resident)
         return Chunk(
             net=self.work.net,
             program=replace(program, finish=None),
@@ -176,7 +183,7 @@ class Engine:
             positions=range(len(sizes)),
             blocks=blocks,
             # Statistics that the server does not hold begin at their start.
-            own=[{n: v for n, v in fresh.items() if n not in shared[0]}] * len(sizes),
+            own=[{n: v for n, v in resident.fresh.items() if n not in shared[0]}] * len(sizes),
             shared=shared,
             seed=self.work.seed,
             round=bundle.round,
@@ -192,8 +199,9 @@ def _rows(block: Rows, position: int) -> tuple[np.ndarray, np.ndarray]:
 class _Tally:
     """A bundle's running sum and its table, client by client."""
 
-    def __init__(self, net: SuperNetwork, count: int, *, collect: bool):
+    def __init__(self, net: SuperNetwork, program: ClientProgram, count: int, *, collect: bool):
         self.net = net
+        self.program = program
         self.update = None if collect else aggregate.Update()
         self.collected: list[Collected] | None = [] if collect else None
         self.kept: list[Params | None] = [None] * count
@@ -215,13 +223,13 @@ class _Tally:
         seconds: float,
         tested: tuple[float, float, int] | None,
     ) -> None:
-        """Adds one client; a client whose training went wrong is left out of the sum."""
+        """Adds one client; one with a NaN or an infinity anywhere is left out of the sum."""
         result = trained.result
+        healthy = trained.healthy and finite(unchecked(self.program, self.net, result))
         map = covered(task, result)
         macs, map_bytes = self._cost(map)
         sent = 4 * sum(value.numel() for value in result.update.values())
-        status = OK if trained.healthy else SKIPPED
-        if trained.healthy:
+        if healthy:
             if self.update is not None:
                 update = {name: value.cpu() for name, value in result.update.items()}
                 aggregate.accumulate(self.update, self.net.space, map, update, task.weight)
@@ -243,7 +251,7 @@ class _Tally:
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 "bytes_map": map_bytes,
                 "acc_local": tested[0] / tested[2] if tested and tested[2] else float("nan"),
-                "status": status,
+                "status": OK if healthy else SKIPPED,
             }
         )
 
@@ -260,9 +268,21 @@ def covered(task: ClientTask, result: ClientResult) -> IndexMap:
     """The map that a result covers: the task's, or what the client chose itself."""
     if result.units is None:
         return task.map
-    return IndexMap.of(
-        {group: np.flatnonzero(mask.cpu().numpy()) for group, mask in result.units.items()}
-    )
+    return IndexMap.from_masks({g: mask.cpu().numpy() for g, mask in result.units.items()})
+
+
+def unchecked(program: ClientProgram, net: SuperNetwork, result: ClientResult) -> list[Tensor]:
+    """What is merged or kept but was not known to be finite when training ended.
+
+    A loss program's training looked at the weights; the others' at the whole update.
+    """
+    leaves = list(result.kept.values()) if result.kept else []
+    if isinstance(program, LossProgram):
+        if program.finish is not None:
+            leaves += result.update.values()
+        elif net.statistics:
+            leaves += [v for name, v in result.update.items() if name in net.statistics]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
 def _copied(tree: Params) -> Params:

@@ -53,7 +53,7 @@ def run(
     sums = np.zeros((2, clients))
     for k, trained in enumerate(_starts(resident, params, clients, adapting)):
         if calibrates:
-            resident.load({**trained, **fresh_statistics(resident)})
+            resident.load({**trained, **resident.fresh})
             calibrate(resident, _slice(blocks["train"], k)[0], how, scale)
         right, loss, _ = score(resident, resident.params, *_slice(block, k), scale)
         sums[:, k] = right, loss
@@ -76,14 +76,6 @@ def _starts(
 def _slice(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
     first, last = block.offsets[k], block.offsets[k + 1]
     return block.x[first:last], block.y[first:last]
-
-
-def fresh_statistics(resident: Resident) -> Params:
-    """Running means 0 and variances 1, in the shape of the network."""
-    return {
-        name: torch.ones_like(b) if name.endswith("running_var") else torch.zeros_like(b)
-        for name, b in resident.statistics.items()
-    }
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class Resident:
         self.trainable = dict(module.named_parameters())
         self.statistics = dict(module.named_buffers())
         self.params: Params = {**self.trainable, **self.statistics}
+        self.fresh: Params = net.fresh_statistics(map)  # of a client that saw no data yet
         self.traces = Traces()
         self.has_dropout = has_dropout(module)
 
@@ -48,7 +49,9 @@ class Resident:
             for layer in self._layers:
                 x = layer(x)
             return x
-        return functional_call(self.module, params, (x,))
+        # Leaves that are not the network's own (momentum, say) may stand beside them.
+        own = {name: value for name, value in params.items() if name in self.params}
+        return functional_call(self.module, own, (x,))
 
     def load(self, params: Params) -> None:
         """Copies a client's start into the buffers; `params` must name every tensor."""
@@ -69,4 +72,6 @@ class Resident:
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity (a float32 overflow of the norm counts)."""
+    if not tensors:
+        return True
     return math.isfinite(float(torch.stack(list(kernels.norm(tensors))).sum()))

@@ -153,8 +153,8 @@ def test_init_depends_on_the_seed_alone():
     b, c = net.init(3), net.init(4)
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert not torch.equal(a["fc1.weight"], c["fc1.weight"])
-    assert set(a) == set(net.space.shapes) == net.parameters | net.buffers
-    assert net.buffers == {f"bn{i}.running_{s}" for i in range(1, 5) for s in ("mean", "var")}
+    assert set(a) == set(net.space.shapes) == net.parameters | net.statistics
+    assert net.statistics == {f"bn{i}.running_{s}" for i in range(1, 5) for s in ("mean", "var")}
     assert not any(t.requires_grad for t in a.values())
 
 
@@ -176,6 +176,15 @@ def test_small_modules_have_the_networks_names_and_shapes():
     assert torch.equal(called, small.eval()(x))
     with pytest.raises(InputError, match="unknown unit group"):
         net.module(IndexMap.prefix({"nope": 1}))
+
+
+def test_fresh_statistics_are_those_of_a_module_that_saw_no_data():
+    net = inverted_residual()
+    kept = IndexMap.of({"expand": [1, 4], "project": [3]})
+    state = net.module(kept).state_dict()
+    fresh = net.fresh_statistics(kept)
+    assert set(fresh) == net.statistics
+    assert all(torch.equal(value, state[name]) for name, value in fresh.items())
 
 
 def test_counters_are_dropped_and_cumulative_momentum_refused():

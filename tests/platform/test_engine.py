@@ -13,6 +13,7 @@ import toys
 from torch import nn
 from torch.func import functional_call, grad
 
+from subfleet.algorithms.fedpa import FedPA
 from subfleet.algorithms.local import cross_entropy
 from subfleet.core import aggregate, seeds
 from subfleet.core.errors import InputError
@@ -540,6 +541,79 @@ def test_a_client_that_diverged_is_left_out_of_the_sum_and_others_are_whole(way,
     assert toys.distance(a, b) < 1e-6
     assert result.kept[1] is None and result.kept[0] is not None
     assert sorted(result.reports) == [0, 2]
+
+
+def enormous(net, statistics):
+    """A bundle of three clients; the inputs of the second are finite, their variance is not."""
+    data = toys.all_train([5, 9, 6], (6,), 3)
+    data._x[data._offsets[1] : data._offsets[2]] *= 1e25
+    fleet = toys.setting(net, rule=LocalRule(lr=1e-3), stream=STREAM)
+    algorithm = FedPA(fleet, statistics=statistics)
+    state = algorithm.init(net.init(0))
+    return algorithm, *toys.one_round(algorithm, data, state, [0, 1, 2])
+
+
+@pytest.mark.parametrize("statistics", ["indexed_mean", "local"])
+def test_statistics_that_overflow_are_neither_merged_nor_kept(statistics):
+    algorithm, after, result = enormous(toys.mlp(norm=True), statistics)
+    assert np.isfinite(result.table["loss"]).all()  # nothing else tells
+    assert result.table["status"].tolist() == ["ok", "skipped", "ok"]
+    assert result.update.clients == 2
+    assert all(torch.isfinite(v).all() for v in algorithm.model(after).values())
+    assert result.kept[1] is None and (result.kept[0] is not None) == (statistics == "local")
+
+
+@pytest.mark.parametrize("way", ["loop", "vmap"])
+@pytest.mark.parametrize("where", ["update", "kept"])
+def test_what_finish_makes_of_sound_weights_must_be_finite_too(way, where):
+    net, data = toys.mlp(), toys.all_train([5, 9], (6,), 3)
+
+    def finish(start, trained, kept, inputs):
+        ratio = {"head.bias": trained["head.bias"] / inputs["by"]}
+        count = {"n": torch.tensor(3)}  # whole numbers are finite
+        if where == "update":
+            return ClientResult(ratio, kept=count)
+        return ClientResult(trained, kept=count | ratio)
+
+    tasks = [toys.task(net, c, inputs={"by": torch.tensor(float(c))}) for c in (0, 1)]
+    algorithm = toys.OneProgram(
+        toys.setting(net), loss_program(finish=finish), own={"n": torch.tensor(0)}
+    )
+    result = toys.run_bundle(algorithm, tasks, data, net.init(0), way)
+    assert result.table["status"].tolist() == ["skipped", "ok"]
+    assert result.update.clients == 1 and result.kept[0] is None and result.kept[1] is not None
+
+
+def test_kept_state_of_a_run_program_must_be_finite():
+    net, data = toys.mlp(), toys.all_train([5, 9], (6,), 3)
+    run = lambda context: ClientResult(  # noqa: E731
+        {"head.bias": torch.zeros(3)}, kept={"v": 1 / context.inputs["by"]}
+    )
+    tasks = [toys.task(net, c, inputs={"by": torch.tensor(float(c))}) for c in (0, 1)]
+    algorithm = toys.OneProgram(toys.setting(net), RunProgram(run), own={"v": torch.zeros(())})
+    result = toys.run_bundle(algorithm, tasks, data, net.init(0))
+    assert result.table["status"].tolist() == ["skipped", "ok"]
+
+
+def test_networks_are_kept_for_a_bounded_number_of_variants():
+    net = toys.mlp(hidden=(40, 4))
+    data, shared = toys.all_train([5] * 40, (6,), 3), net.init(0)
+    algorithm = toys.OneProgram(toys.setting(net), loss_program())
+    worker = Worker(Work(net, algorithm, Scaling(), 0), data, "cpu")
+    tasks = [
+        toys.task(net, i, IndexMap.prefix({"fc0": i + 1, "fc1": k}))
+        for k in (1, 2)
+        for i in range(40)
+    ]
+    first = toys.run_bundle(algorithm, tasks[:1], data, shared, worker=worker)
+    for k in range(2):
+        toys.run_bundle(algorithm, tasks[40 * k : 40 * k + 40], data, shared, worker=worker)
+    held = worker.engine._residents
+    assert len(held) == 64 and next(reversed(held))[0] == "(40, 2)"
+    assert ("(1, 1)", "contiguous") not in held
+    again = toys.run_bundle(algorithm, tasks[:1], data, shared, worker=worker)
+    a, b = (aggregate.finish(r.update, net.space, shared) for r in (first, again))
+    assert toys.same_bits(a, b)
 
 
 @pytest.mark.parametrize("way", ["loop", "vmap"])

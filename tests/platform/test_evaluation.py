@@ -79,7 +79,7 @@ def test_calibration_is_the_mean_of_batch_means_and_unbiased_variances():
     x, _ = rows(data, 0, "train")
     hidden = x @ params["fc0.weight"].T + params["fc0.bias"]
     for order in (torch.arange(10), torch.arange(10).flip(0)):  # batches 4, 4, 2 and reversed
-        resident.load(params | evaluation.fresh_statistics(resident))
+        resident.load(params | resident.fresh)
         evaluation.calibrate(
             resident, x[order].numpy(), Evaluation(calibrate=20, batch=4), Scaling()
         )
@@ -97,7 +97,7 @@ def test_calibration_stops_after_its_batches_and_skips_single_rows():
     x, _ = rows(data, 0, "train")
     hidden = x @ params["fc0.weight"].T + params["fc0.bias"]
     for calibrate, batches in ((1, [hidden[:4]]), (20, [hidden[:4], hidden[4:8]])):
-        resident.load(params | evaluation.fresh_statistics(resident))
+        resident.load(params | resident.fresh)
         evaluation.calibrate(
             resident, x.numpy(), Evaluation(calibrate=calibrate, batch=4), Scaling()
         )
