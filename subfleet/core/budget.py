@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -157,14 +157,3 @@ def largest_remainder(shares: Sequence[float], n: int) -> list[int]:
     for i in order[: n - sum(counts)]:
         counts[i] += 1
     return counts
-
-
-def tier_sizes(tiers: Sequence[Tier], n: int) -> Mapping[str, int]:
-    """How many of n clients each tier gets, by name."""
-    return dict(
-        zip(
-            (tier.name for tier in tiers),
-            largest_remainder([tier.share for tier in tiers], n),
-            strict=True,
-        )
-    )

@@ -10,7 +10,6 @@ from subfleet.core.budget import (
     distinct_widths,
     largest_remainder,
     largest_width,
-    tier_sizes,
     width_counts,
     width_map,
 )
@@ -89,8 +88,6 @@ def test_tiers():
         Tier(name="x", share=-1, width=1)
     with pytest.raises(InputError, match="tier 'x': budget params is -3"):
         Tier(name="x", share=1, params=-3)
-    tiers = [Tier(name=n, share=1 / 3, width=1) for n in "abc"]
-    assert tier_sizes(tiers, 10) == {"a": 4, "b": 3, "c": 3}
 
 
 def test_largest_remainder_of_the_papers():
@@ -99,6 +96,7 @@ def test_largest_remainder_of_the_papers():
     assert largest_remainder([0.5, 0.3, 0.2], 7) == [4, 2, 1]
     assert largest_remainder([1, 1, 1], 2) == [1, 1, 0]  # ties go to the earlier
     assert largest_remainder([0, 1], 3) == [0, 3]
+    assert largest_remainder([1 / 3] * 3, 10) == [4, 3, 3]
     for shares in ([], [0, 0], [-1, 2], [float("nan")]):
         with pytest.raises(InputError, match="cannot be dealt out"):
             largest_remainder(shares, 3)
