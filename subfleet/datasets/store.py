@@ -165,15 +165,6 @@ class Store:
             out[offsets[i] : offsets[i + 1]] = rows
         return out, offsets
 
-    def verify(self) -> None:
-        """Compares every file with its sha256 in the manifest; InputError when one differs."""
-        for name, facts in self.manifest["files"].items():
-            if _sha256(self.path / name) != facts["sha256"]:
-                raise InputError(
-                    f"{self.path / name} differs from its sha256 in manifest.json; "
-                    f"remove {self.path} and prepare the data again"
-                )
-
 
 def read_manifest(path: Path) -> dict:
     """The manifest of the store at `path`; InputError when it is missing, old or cut short."""

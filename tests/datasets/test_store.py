@@ -141,14 +141,8 @@ def test_a_sound_store_that_is_there_already_stays(tmp_path):
 
 def test_damage_is_found(tmp_path):
     write_store(tmp_path / "toy", _clients(), **FACTS)
-    Store(tmp_path / "toy").verify()
     file = tmp_path / "toy" / "offsets.npy"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"offsets\.npy differs from its sha256"):
-        Store(tmp_path / "toy").verify()
-    file.write_bytes(content[:-5])
+    file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(InputError, match=r"offsets\.npy has .* bytes, not"):
         Store(tmp_path / "toy")
     write_store(tmp_path / "toy", _clients(count=2), **FACTS)
