@@ -70,7 +70,9 @@ class Roster:
         if wanted < len(pool):
             generator = seeds.generator(self._seed, "evaluation")
             pool = np.sort(generator.choice(pool, wanted, replace=False))
-        # A client that trains before it tests must not be tested on what it trained on.
+        # A held-out client that only calibrates is tested on all its rows: BatchNorm's
+        # statistics are estimated from its train rows without their labels. One that adapts
+        # has trained on those labels, and must not be tested on them.
         adapts = self._job.work.algorithm.evaluation.prepare is not None
         return pool, "all" if held and not adapts else "test"
 
