@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subfleet.core import aggregate
-from subfleet.core.aggregate import Update
-from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, Reduced, RoundPlan, State
+from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, RoundPlan, State
 from subfleet.core.program import Batch, ClientResult, ClientTask, LossProgram, Net, Noise, Params
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
@@ -45,17 +43,6 @@ def split_statistics(
     )
 
 
-def fresh_statistics(net: SuperNetwork, map: IndexMap) -> Params:
-    """Running means 0 and variances 1, in the shape of a sub-network."""
-    shapes = net.space.slice_shapes(map)
-    return {
-        name: torch.ones(shapes[name])
-        if name.endswith("running_var")
-        else torch.zeros(shapes[name])
-        for name in net.statistics
-    }
-
-
 def tasks(net: SuperNetwork, cohort: Cohort, map_of: Callable[[int], IndexMap]) -> list[ClientTask]:
     """A task for each client of the cohort: the map of its tier, weighted by samples."""
     maps = {int(tier): map_of(int(tier)) for tier in set(cohort.tier.tolist())}
@@ -75,6 +62,8 @@ class IndexedAveraging(Algorithm):
     A subclass says which map each client trains; everything else is this:
 
         w_j <- sum_{k covers j} n_k w_kj / sum_{k covers j} n_k,  kept where nobody covers j.
+
+    The server's step is `Algorithm`'s own.
     """
 
     statistics: Statistics = "indexed_mean"
@@ -99,8 +88,6 @@ class IndexedAveraging(Algorithm):
         del round
         finish = None
         if self.local_statistics:
-            from functools import partial
-
             finish = partial(split_statistics, self.setting.net)
         program = LossProgram(cross_entropy, self.setting.rule, self.setting.stream, finish)
         return Phase("train", program)
@@ -109,14 +96,6 @@ class IndexedAveraging(Algorithm):
         """Every client of the cohort trains the map of its tier."""
         work = tasks(self.setting.net, cohort, lambda tier: self.map_of(tier, round))
         return RoundPlan(work, {0: state["params"]})
-
-    def server_step(
-        self, state: State, plan: RoundPlan, reduced: Reduced, server_data: object = None
-    ) -> State:
-        """The indexed mean (specs: one primitive for all sub-network averaging)."""
-        del plan, server_data
-        assert isinstance(reduced, Update)
-        return {"params": aggregate.finish(reduced, self.setting.net.space, state["params"])}
 
     @property
     def evaluation(self) -> Evaluation:
@@ -130,4 +109,4 @@ class IndexedAveraging(Algorithm):
 
     def initial_kept(self, task: ClientTask) -> Params:
         """Statistics before the first step."""
-        return fresh_statistics(self.setting.net, task.map)
+        return self.setting.net.fresh_statistics(task.map)
