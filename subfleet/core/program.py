@@ -168,10 +168,11 @@ class ClientTask:
 class ClientResult:
     """What one client hands back.
 
-    `update` holds small tensors, in the shape of the client's sub-network;
-    `units` says which units they cover where the client itself chose them
-    (bool [C_g] per group, relative to the super-network), None where the task's
-    map already says it. `kept` replaces the client's own state, `report` its
+    `update` holds small tensors, in the shape of the client's sub-network, and may
+    hold others beside them (`subfleet.core.units` says how those are cut). `units`
+    says which units they cover where the client itself chose them (bool [C_g] per
+    group, relative to the super-network), None where the task's map already says
+    it. `kept` replaces the client's own state, `report` its
     entry in the next `Cohort`. `wire_bytes` is given by an algorithm that
     encodes; None means the formula of a dense sub-network.
     """

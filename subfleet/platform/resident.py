@@ -39,7 +39,8 @@ class Resident:
         self.trainable = dict(module.named_parameters())
         self.statistics = dict(module.named_buffers())
         self.params: Params = {**self.trainable, **self.statistics}
-        self.fresh: Params = net.fresh_statistics(map)  # of a client that saw no data yet
+        fresh = net.fresh_statistics(map)  # of a client that saw no data yet
+        self.fresh: Params = {name: value.to(self.device) for name, value in fresh.items()}
         self.traces = Traces()
         self.has_dropout = has_dropout(module)
 
