@@ -90,26 +90,30 @@ class Commands:
     def __init__(self, home: Path):
         self.processes: list[subprocess.Popen[str]] = []
         self._home = home
+        # Some commands start in other folders; the package is importable there too.
+        root = str(Path(__file__).resolve().parents[2])
+        self._variables = {"HOME": str(home), "RAY_AUTH_MODE": "token", "PYTHONPATH": root}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         """Starts `python arguments...`; its process id is that of its session."""
         outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         process = subprocess.Popen(
             [sys.executable, *arguments],
-            env={**outside, "HOME": str(self._home), "RAY_AUTH_MODE": "token"},
+            env={**outside, **self._variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            cwd=cwd,
         )
         self.processes.append(process)
         return process
 
-    def run(self, out: Path, *more: str) -> subprocess.Popen[str]:
+    def run(self, out: Path, *more: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         """Starts `subfleet run` on the experiment of this file."""
         file = self._home / "experiment.toml"
         file.write_text(EXPERIMENT)
-        return self.start("-m", "subfleet", "run", str(file), "--out", str(out), *more)
+        return self.start("-m", "subfleet", "run", str(file), "--out", str(out), *more, cwd=cwd)
 
 
 def wait_for_round(process: subprocess.Popen[str], out: Path, round: int) -> None:
@@ -181,6 +185,40 @@ def test_an_interrupted_run_leaves_no_process_and_a_folder_to_resume(
     assert_every_round_once(tmp_path / "out", rounds)
 
 
+SWEEP = """
+import sys
+from pathlib import Path
+from subfleet.cluster import start
+from subfleet.config import Experiment
+from subfleet.sweep import sweep
+
+sessions = []
+connect = start._connect
+
+def counted(ray, address):
+    connect(ray, address)
+    sessions.append(ray.get_runtime_context().get_job_id())
+
+start._connect = counted
+out = Path(sys.argv[1])
+for _ in range(2):  # the second time every cell is finished
+    sweep(Experiment.load(sys.argv[2]), seeds=[0, 1], grid={}, out=out)
+assert len(sessions) == 1, sessions
+print("cells", len(list(out.glob("*/summary.json"))))
+"""
+
+
+@pytest.mark.ray
+def test_the_cells_of_a_sweep_share_one_ray(commands: Commands, home: Path, tmp_path: Path) -> None:
+    file = home / "experiment.toml"
+    file.write_text(EXPERIMENT.replace("rounds = 8", "rounds = 1"))
+    done = commands.start("-c", SWEEP, str(tmp_path / "cells"), str(file))
+    said, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert said.splitlines()[-1] == "cells 2"
+    assert left_over(done.pid) == {}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -212,9 +250,12 @@ def test_a_run_on_a_cluster_leaves_it_running_and_without_actors(
         "--disable-usage-stats",
     )
     wait_for_answer(head, address)
-    run = commands.run(tmp_path / "out", "--address", address, "--set", "run.rounds=2")
-    _, errors = run.communicate(timeout=120)
+    # The cluster's processes have another current folder than the command.
+    more = ("--address", address, "--set", "run.rounds=2")
+    run = commands.run(Path("out"), *more, cwd=tmp_path)
+    said, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
+    assert said.splitlines()[-1] == str(tmp_path / "out")
     assert_every_round_once(tmp_path / "out", 2)
     assert head.poll() is None
     assert any("raylet" in command for command in running(head.pid).values())
@@ -278,6 +319,7 @@ def test_an_address_where_nobody_answers_ends_the_command_within_seconds(
     assert f"error: --address {address}: no Ray cluster answers there" in errors
     assert said == ""
     assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
     assert time.monotonic() - started < 30  # most of it for the imports
 
 

@@ -1,5 +1,6 @@
 """The client split and the sizes of a client's parts."""
 
+import json
 import time
 
 import numpy as np
@@ -8,14 +9,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subfleet.core.errors import InputError
-from subfleet.datasets import split_clients
+from subfleet.core.scaling import Scaling
+from subfleet.datasets import (
+    ClientRows,
+    InMemory,
+    Store,
+    SyntheticFemnist,
+    split_clients,
+    write_store,
+)
 from subfleet.datasets.federation import (
     checked_ids,
     checked_number,
     checked_part,
+    identity,
     part_sizes,
     train_sizes,
 )
+
+
+def stored(path, x):
+    rows = ClientRows("a", x, np.arange(len(x)) % 2, np.zeros(len(x), bool))
+    facts = {"name": "toy", "num_classes": 2, "input_shape": (3,), "scale": Scaling()}
+    write_store(path, [rows], **facts, source={"folder": str(path)})
+    return identity(Store(path))
+
+
+def test_data_are_told_apart_by_what_they_hold_not_by_where_they_lie(tmp_path):
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    changed = x.copy()
+    changed[3, 1] += 1
+    assert stored(tmp_path / "a", x) == stored(tmp_path / "b", x)
+    assert stored(tmp_path / "a", x) != stored(tmp_path / "c", changed)
+    y, offsets = np.array([0, 1, 0, 1]), np.array([0, 2, 4])
+    same, again = (identity(InMemory(x.copy(), y, offsets)) for _ in range(2))
+    assert same == again == json.loads(json.dumps(same))
+    assert same["clients"] == 2 and same["input_shape"] == [3]
+    for other in (
+        InMemory(changed, y, offsets),
+        InMemory(x, y[::-1], offsets),
+        InMemory(x, y, np.array([0, 1, 4])),
+        InMemory(x, y, offsets, train=np.ones(4, bool)),
+    ):
+        assert identity(other) != same
+    # Drawn from the experiment alone: nothing of its own to add.
+    assert identity(SyntheticFemnist(5)).keys() == {"name", "clients", "classes", "input_shape"}
 
 
 @given(st.integers(0, 2**31), st.integers(1, 500), st.floats(0.01, 0.99))
