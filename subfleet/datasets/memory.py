@@ -74,7 +74,7 @@ class InMemory:
         digest = hashlib.sha256()
         for array in (self._x, self._y, self._offsets, self._train):
             digest.update(f"{array.dtype.str} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def _rows(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
