@@ -26,6 +26,7 @@ class Scaling(NamedTuple):
         return x
 
 
+AS_STORED = Scaling()
 PIXELS = Scaling(1 / 255)
 # Grey strokes on white paper, stored as LEAF has them, 255 the paper. With paper at 1, SGD
 # makes no progress for twenty rounds; paper at 0 and strokes of about unit variance train at once.

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from subfleet.datasets.federation import Block, Federation, split_clients
 from subfleet.datasets.femnist import open_femnist
 from subfleet.datasets.memory import InMemory
-from subfleet.datasets.store import ClientRows, Store, write_store
+from subfleet.datasets.reader import ClientRows
+from subfleet.datasets.store import Store
 from subfleet.datasets.synthetic import SyntheticFemnist
 from subfleet.datasets.vectors import SyntheticVectors
+from subfleet.datasets.writing import write_store
 
 SETS: dict[str, Callable[..., Federation]] = {
     "femnist": open_femnist,

@@ -21,7 +21,9 @@ import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.core.scaling import INK
-from subfleet.datasets.store import VERSION, ClientRows, Store, read_manifest, write_store
+from subfleet.datasets.reader import ClientRows
+from subfleet.datasets.store import VERSION, Store, read_manifest
+from subfleet.datasets.writing import write_store
 
 NUM_CLASSES = 62
 SHAPE = (1, 28, 28)

@@ -9,7 +9,7 @@ import pytest
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.scaling import Scaling
-from subfleet.datasets import ClientRows, Federation, Store, store, write_store
+from subfleet.datasets import ClientRows, Federation, Store, write_store, writing
 
 FACTS = {
     "name": "toy",
@@ -85,7 +85,7 @@ def test_it_pickles_as_its_arguments(written):
 
 def test_many_batches_read_like_one(tmp_path, monkeypatch):
     write_store(tmp_path / "one", _clients(), **FACTS)
-    monkeypatch.setattr(store, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(writing, "_BATCH_BYTES", 1)
     write_store(tmp_path / "many", _clients(), **FACTS)
     one, many = Store(tmp_path / "one"), Store(tmp_path / "many")
     assert len(many._batches) == 6 and len(one._batches) == 1
@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_failed_run_that_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_sync", full)
+    monkeypatch.setattr(writing, "_sync", full)
     with pytest.raises(RunFailed, match=r"disk that holds .* is full"):
         write_store(tmp_path / "toy", _clients(), **FACTS)
     assert list(tmp_path.iterdir()) == []
