@@ -80,9 +80,7 @@ def assemble(
     registry.check_names(experiment)
     seed = experiment.run.seed
     federation = registry.build_data(experiment.data, seed=seed, progress=progress)
-    net = registry.build_model(
-        experiment.model, input_shape=federation.input_shape, num_classes=federation.num_classes
-    )
+    net = registry.build_model(experiment.model, **registry.model_facts(federation))
     tiers = tuple(_sized(net, tier) for tier in experiment.fleet.tiers)
     setting = Setting(
         net=net,

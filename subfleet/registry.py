@@ -17,7 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -26,11 +26,14 @@ from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
 from subfleet.core.algorithm import Algorithm, Setting
 from subfleet.core.errors import InputError, did_you_mean
 
+if TYPE_CHECKING:
+    from subfleet.datasets.federation import Federation
+
 Factory = Callable[..., Any]
 
 # What the platform knows and hands to a factory that has a parameter of that name.
 DATA_GIVEN = frozenset({"seed", "progress"})
-MODEL_GIVEN = frozenset({"input_shape", "num_classes"})
+MODEL_GIVEN = frozenset({"input_shape", "num_classes", "vocabulary", "embedding"})
 
 
 def algorithms() -> Mapping[str, type[Algorithm]]:
@@ -135,9 +138,34 @@ def build_algorithm(table: AlgorithmTable, setting: Setting) -> Algorithm:
     return cls(setting, **check_options("algorithm", cls, table.options, _given(cls)))
 
 
+def model_facts(federation: Federation) -> dict[str, Any]:
+    """What a super-network may ask of its data, by the names in `MODEL_GIVEN`.
+
+    A federation of tokens says its `vocabulary` (tokens run from 0 to it, exclusive) and
+    may bring word vectors: `embedding`, [vocabulary, size], or None.
+    """
+    return {
+        "input_shape": federation.input_shape,
+        "num_classes": federation.num_classes,
+        "vocabulary": getattr(federation, "vocabulary", 0),
+        "embedding": getattr(federation, "embedding", None),
+    }
+
+
 def build_model(table: ModelTable, **runtime: Any) -> Any:
-    """The super-network of `[model]`; of `runtime` the factory gets what it has names for."""
+    """The super-network of `[model]`; of `runtime` the factory gets what it has names for.
+
+    Raises:
+        InputError: An option is wrong, or the data are tokens and the model is for images.
+    """
     factory = model_factory(table.name)
+    reads_tokens = "vocabulary" in _parameters(factory) or ":" in table.name
+    if runtime.get("vocabulary") and not reads_tokens:
+        text = [name for name, known in models().items() if "vocabulary" in _parameters(known)]
+        raise InputError(
+            f"model.name = {table.name!r}: the data are tokens, which it does not read; "
+            f"choose one of {', '.join(text)}, or your own: 'module:attribute'"
+        )
     return _build("model", factory, table.options, runtime)
 
 

@@ -7,6 +7,7 @@ tensors, never from width ratios. Conventions (one sample, output H' x W'):
     depthwise  params k^2 C       MACs k^2 C H'W'
     linear     params I O         MACs I O
     LSTM       params 4H(I+H)+8H  MACs 4H(I+H) a time step
+    embedding  params V E         MACs 0
     norm       params 2C          MACs 0
 """
 
@@ -20,7 +21,7 @@ from subfleet.core.bindings import Binding, extent
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.units import IndexMap, UnitSpace
 
-Kind = Literal["conv", "depthwise", "linear", "norm", "lstm"]
+Kind = Literal["conv", "depthwise", "linear", "norm", "lstm", "embedding"]
 Convention = Literal["macs", "adds", "dwnp", "profiler"]
 StatisticsPolicy = Literal["local", "indexed_mean"]
 
@@ -93,13 +94,15 @@ def layer_cost(
         case "lstm":
             params = 4 * o * (i + o) + 8 * o
             macs = 4 * o * (i + o) * layer.positions
+        case "embedding":
+            params, macs = i * o, 0
         case "norm":
             params = 2 * o if count_norm else 0
             macs = 2 * o * layer.positions if convention == "profiler" else 0
         case _:
             raise InputError(
                 f"layer {layer.name!r} has kind {layer.kind!r}; "
-                "known: conv, depthwise, linear, lstm, norm"
+                "known: conv, depthwise, embedding, linear, lstm, norm"
             )
     is_conv = layer.kind in ("conv", "depthwise")
     if convention == "adds" and is_conv:

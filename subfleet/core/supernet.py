@@ -27,9 +27,11 @@ class SuperNetwork:
 
     `space` binds every tensor of the state dictionary except the integer counters
     `num_batches_tracked`, which are dropped everywhere (BatchNorm's momentum is
-    fixed). `build(counts)` makes the module in which group g has `counts[g]` units.
-    `elastic`: the groups that may vary. `statistics`: names of running means and
-    variances. `input_shape` is one sample's, without the batch axis.
+    fixed). What a module holds outside its state dictionary (a non-persistent buffer)
+    is a constant: it comes with `build`, and is neither trained, averaged nor sent.
+    `build(counts)` makes the module in which group g has `counts[g]` units. `elastic`:
+    the groups that may vary. `statistics`: names of running means and variances.
+    `input_shape` is one sample's, without the batch axis.
 
     It pickles when `build` does: give a `functools.partial` of a module's function.
     """
@@ -115,7 +117,11 @@ class SuperNetwork:
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether a forward pass in training draws from torch's own generator."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+    kinds = nn.modules.dropout._DropoutNd
+    return any(
+        (isinstance(m, kinds) and m.p > 0) or (isinstance(m, nn.RNNBase) and m.dropout > 0)
+        for m in module.modules()
+    )
 
 
 def drop_counters(module: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models.chain import chain as chain
 from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
+from subfleet.models.text import char_lstm, sent_lstm
 from subfleet.models.vgg import vgg
 
 ZOO: dict[str, Callable[..., SuperNetwork]] = {
@@ -15,5 +16,8 @@ ZOO: dict[str, Callable[..., SuperNetwork]] = {
     "cifar_cnn": cifar_cnn,
     "logreg": logreg,
     "vgg": vgg,
+    "char_lstm": char_lstm,
+    "sent_lstm": sent_lstm,
 }
-"""Name -> factory; every factory takes `input_shape` and `num_classes` by keyword."""
+"""Name -> factory. Every factory takes `input_shape` and `num_classes` by keyword; those of text
+take `vocabulary` besides, and `embedding` where word vectors may come with the data."""

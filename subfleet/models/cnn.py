@@ -35,30 +35,33 @@ def scaled(size: int, width: float) -> int:
     return max(1, round(size * width))
 
 
-def two_conv_cnn(
+def pooled_cnn(
     name: str,
     *,
     input_shape: tuple[int, ...],
     num_classes: int,
-    channels: tuple[int, int],
+    channels: tuple[int, ...],
     hidden: int,
     kernel: int,
     norm: Norm = "none",
     width: float = 1.0,
 ) -> SuperNetwork:
-    """conv, ReLU, pool 2, conv, ReLU, pool 2, FC, ReLU, FC; "same" padding."""
-    first, second, wide = (scaled(size, width) for size in (*channels, hidden))
+    """A conv ("same" padding), ReLU and pool 2 for each of `channels`; then FC, ReLU, FC."""
+    wide = scaled(hidden, width)
     with torch.device("meta"):
         layers: Layers = OrderedDict()
-        for i, (before, after) in enumerate([(input_shape[0], first), (first, second)], start=1):
+        before = input_shape[0]
+        for i, size in enumerate(channels, start=1):
+            after = scaled(size, width)
             layers[f"conv{i}"] = nn.Conv2d(before, after, kernel, padding=kernel // 2)
             if (layer := norm_layer(norm, after)) is not None:
                 layers[f"norm{i}"] = layer
             layers[f"relu{i}"] = nn.ReLU()
             layers[f"pool{i}"] = nn.MaxPool2d(2)
+            before = after
         layers["flatten"] = nn.Flatten()
         layers["fc1"] = nn.Linear(features(name, nn.Sequential(layers), input_shape), wide)
-        layers["relu3"] = nn.ReLU()
+        layers[f"relu{len(channels) + 1}"] = nn.ReLU()
         layers["fc2"] = nn.Linear(wide, num_classes)
     return chain(name, nn.Sequential(layers), input_shape)
 
@@ -67,14 +70,18 @@ def small_cnn(
     *,
     input_shape: tuple[int, ...] = (1, 28, 28),
     num_classes: int = 62,
-    channels: tuple[int, int] = (8, 16),
+    channels: tuple[int, ...] = (8, 16),
     hidden: int = 64,
     kernel: int = 3,
     norm: Norm = "none",
     width: float = 1.0,
 ) -> SuperNetwork:
-    """A phone-sized CNN, 8-16-64 with 3x3 kernels: 55,518 parameters on FEMNIST."""
-    return two_conv_cnn(
+    """A phone-sized CNN, 8-16-64 with 3x3 kernels: 55,518 parameters on FEMNIST.
+
+    Each of `channels` is a convolution and a pool that halves the image: larger images
+    want more of them, or the FC layer is nearly all of the network.
+    """
+    return pooled_cnn(
         "small_cnn",
         input_shape=input_shape,
         num_classes=num_classes,
@@ -90,14 +97,14 @@ def leaf_cnn(
     *,
     input_shape: tuple[int, ...] = (1, 28, 28),
     num_classes: int = 62,
-    channels: tuple[int, int] = (32, 64),
+    channels: tuple[int, ...] = (32, 64),
     hidden: int = 2048,
     kernel: int = 5,
     norm: Norm = "none",
     width: float = 1.0,
 ) -> SuperNetwork:
     """LEAF's FEMNIST CNN (Caldas et al. 2018), 32-64-2048 with 5x5 kernels: 6.6 M parameters."""
-    return two_conv_cnn(
+    return pooled_cnn(
         "leaf_cnn",
         input_shape=input_shape,
         num_classes=num_classes,

@@ -41,7 +41,7 @@ class Images(Protocol):
     """Turns stored rows into what the network takes."""
 
     def images(self, x: Tensor, scale: Scaling) -> Tensor:
-        """Float and scaled, or integer tokens as they are."""
+        """Float and scaled; integers other than uint8 are tokens and become int64."""
         ...
 
 

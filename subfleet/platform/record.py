@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from torch import nn
+
 from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
@@ -141,9 +143,11 @@ def must_loop(net: SuperNetwork) -> bool:
     """Whether clients of this network cannot be mapped.
 
     With BatchNorm padded rows would enter the batch statistics; dropout's draws torch
-    cannot map.
+    cannot map, and recurrent layers it maps by a loop of its own, slower than ours.
     """
-    return bool(net.statistics) or has_dropout(net.module(device="meta"))
+    module = net.module(device="meta")
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    return bool(net.statistics) or recurrent or has_dropout(module)
 
 
 def choose(

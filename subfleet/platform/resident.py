@@ -37,7 +37,9 @@ class Resident:
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         self._layers = [layer.forward for layer in module.children()] if plain else [module]
         self.trainable = dict(module.named_parameters())
-        self.statistics = dict(module.named_buffers())
+        # Buffers outside the super-network's tensors are constants, such as frozen word vectors.
+        buffers = module.named_buffers()
+        self.statistics = {n: b for n, b in buffers if n in net.space.axes}
         self.params: Params = {**self.trainable, **self.statistics}
         fresh = net.fresh_statistics(map)  # of a client that saw no data yet
         self.fresh: Params = {name: value.to(self.device) for name, value in fresh.items()}
@@ -61,11 +63,11 @@ class Resident:
             kernels.copy_([self.params[n] for n in names], [params[n] for n in names])
 
     def images(self, x: Tensor, scale: Scaling) -> Tensor:
-        """Rows as the network wants them: float and scaled, or integer tokens as they are."""
+        """Rows as the network wants them: pixels and numbers float and scaled, tokens int64."""
         if x.dtype == torch.uint8 or x.is_floating_point():
             x = scale.apply(x.to(self.device, torch.float32))
         else:
-            x = x.to(self.device)
+            x = x.to(self.device).to(torch.int64)  # narrow on the way to the device
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
