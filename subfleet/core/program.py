@@ -34,7 +34,7 @@ class Stream:
     ADDS validates on the first tenth of each round's order and trains on the rest.
     """
 
-    part: Literal["train", "test", "all"] = "train"
+    part: Literal["train", "val", "test", "all"] = "train"
     batch: int | None = 20
     epochs: int = 1
     steps: int | None = None

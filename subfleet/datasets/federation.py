@@ -15,7 +15,7 @@ from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.scaling import Scaling
 from subfleet.core.seeds import generator
 
-PARTS = ("train", "test", "all")
+PARTS = ("train", "val", "test", "all")
 
 
 class Block(NamedTuple):
@@ -28,14 +28,17 @@ class Block(NamedTuple):
     array([5, 6])
     """
 
-    x: np.ndarray  # [rows, *input_shape], uint8 or float32
+    x: np.ndarray  # [rows, *input_shape]: uint8 or float32; tokens int8, int16 or int32
     y: np.ndarray  # [rows], int64
     offsets: np.ndarray  # [clients + 1], int64
 
 
 @runtime_checkable
 class Federation(Protocol):
-    """Clients 0 .. num_clients - 1, each with a train and a test part."""
+    """Clients 0 .. num_clients - 1, each with a train and a test part, and perhaps one to validate.
+
+    The parts share no row. "all" is every row of a client, those in no part included.
+    """
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class Federation(Protocol):
         ...
 
     def block(self, ids: np.ndarray, part: str) -> Block:
-        """The rows of `part` ("train", "test" or "all") of the clients, in the order of `ids`."""
+        """The rows of `part` (one of `PARTS`) of the clients, in the order of `ids`."""
         ...
 
 
@@ -151,11 +154,13 @@ def train_sizes(sizes: np.ndarray) -> np.ndarray:
 
 
 def part_sizes(sizes: np.ndarray, part: str) -> np.ndarray:
-    """The rows in `part` of clients with `sizes` rows in all, by `train_sizes`, int64."""
+    """The rows in `part` of clients with `sizes` rows in all, by `train_sizes`; none validate."""
     checked_part(part)
     sizes = np.asarray(sizes, dtype=np.int64)
     if part == "all":
         return sizes
+    if part == "val":
+        return np.zeros_like(sizes)
     return train_sizes(sizes) if part == "train" else sizes - train_sizes(sizes)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.core.scaling import PIXELS, Scaling
-from subfleet.datasets.federation import Block, checked_ids, checked_part, offsets_of
-from subfleet.datasets.split import seeded_split
+from subfleet.datasets.federation import Block, checked_ids
+from subfleet.datasets.split import TEST, TRAIN, Parts, check_shares, seeded_split
 
 
 class InMemory:
@@ -18,7 +18,8 @@ class InMemory:
 
     x: [rows, *input_shape]; y: integers [rows] in 0 .. num_classes - 1; offsets:
     integers [clients + 1], from 0 to rows, never falling. `train` (bool [rows])
-    names the rows that train; without it 80 % of each client's do, by the seed.
+    names the rows that train, the others test; without it `test_share` of each
+    client's rows test and `val_share` validate, drawn from the seed.
 
     >>> data = InMemory(np.zeros((10, 3), np.float32), np.arange(10) % 2, np.array([0, 5, 10]))
     >>> data.sizes(np.array([1, 0]), "train"), data.block(np.array([1]), "test").x.shape
@@ -35,6 +36,8 @@ class InMemory:
         scale: Scaling | None = None,
         seed: int = 0,
         train: np.ndarray | None = None,
+        test_share: float = 0.2,
+        val_share: float = 0.0,
         name: str = "in_memory",
     ) -> None:
         self.name = name
@@ -53,9 +56,12 @@ class InMemory:
         self.scale = scale or (PIXELS if self._x.dtype == np.uint8 else Scaling())
         if train is not None and len(train) != len(self._y):
             raise InputError(f"train has {len(train)} rows, y {len(self._y)}; give one a row")
-        self._train = (
-            seeded_split(seed, self._offsets) if train is None else np.asarray(train, bool)
-        )
+        if train is None:
+            check_shares(test_share, val_share)
+            codes = seeded_split(seed, self._offsets, None, test_share, val_share)
+        else:
+            codes = np.where(np.asarray(train, bool), TRAIN, TEST).astype(np.int8)
+        self._parts = Parts(codes, self._offsets)
 
     def _check_shapes(self) -> None:
         rows = len(self._y)
@@ -72,26 +78,18 @@ class InMemory:
     def fingerprint(self) -> str:
         """A digest (sha256, hexadecimal) of all rows, and of who holds and trains which."""
         digest = hashlib.sha256()
-        for array in (self._x, self._y, self._offsets, self._train):
+        for array in (self._x, self._y, self._offsets, self._parts.codes):
             digest.update(f"{array.dtype.str} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def _rows(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of the part, client after client, and the clients' offsets."""
-        checked_part(part)
-        ids = checked_ids(ids, self.num_clients)
-        starts, sizes = self._offsets[ids], self._offsets[ids + 1] - self._offsets[ids]
-        bounds = offsets_of(sizes)
-        rows = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], sizes)
-        if part == "all":
-            return rows, bounds
-        chosen = self._train[rows] == (part == "train")
-        return rows[chosen], offsets_of(chosen)[bounds]
-
     def sizes(self, ids: np.ndarray, part: str) -> np.ndarray:
         """The number of rows of each client in `part`, int64 [len(ids)]."""
-        return np.diff(self._rows(ids, part)[1])
+        return self._parts.sizes(checked_ids(ids, self.num_clients), part)
+
+    def _rows(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of the part, client after client, and the clients' offsets."""
+        return self._parts.rows(checked_ids(ids, self.num_clients), part)
 
     def label_counts(self, ids: np.ndarray, part: str = "train") -> np.ndarray:
         """The number of rows of each client and class, int64 [len(ids), num_classes]."""

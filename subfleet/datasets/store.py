@@ -3,7 +3,7 @@
 A store is a folder of
   rows.arrow     columns x (fixed-size list), y (int64), group (int32: the number
                  within the client of the first row with the same x), from_test
-                 (uint8: LEAF's own part); a client's rows lie in one batch
+                 (uint8: the publisher's own part), client after client
   offsets.npy    int64 [clients + 1]
   labels.npy     label histogram [clients, classes], the smallest integer type
   clients.json   the clients' names
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,26 +25,45 @@ from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.scaling import Scaling
 from subfleet.datasets.federation import Block, checked_ids, checked_part, offsets_of
 from subfleet.datasets.memory import count_labels
-from subfleet.datasets.split import leaf_split, seeded_split, side_sizes
+from subfleet.datasets.split import (
+    CODES,
+    Parts,
+    check_shares,
+    leaf_split,
+    seeded_split,
+    temporal_split,
+)
 
 VERSION = 2
-SPLITS = ("seeded", "leaf")
+SPLITS = ("seeded", "leaf", "temporal")
 
 
 class Store:
-    """A prepared data set: a `Federation` that pickles as (path, seed, split).
+    """A prepared data set: a `Federation` and a `Pool` that pickles as its arguments.
 
-    split="seeded": 80 % of each client's rows train, drawn from the seed.
-    split="leaf": LEAF's own parts; a test row that repeats a train row of its
-    client trains, and a client with one part only is split as "seeded" does.
-    Either way rows of a client with equal x are on one side. `path` must be
-    visible on each host. InputError: no store there, or a damaged one.
+    split="seeded": `test_share` of each client's rows test, drawn from the seed.
+    split="leaf": the publisher's own parts; a test row that repeats a train row of
+    its client trains, and a client with one part only is split as "seeded" does.
+    Either way rows of a client with equal x are on one side. split="temporal": a
+    client's last rows test, and the manifest's `overlap` rows before them are in no
+    part. `val_share` of a client's rows validate. `path` must be visible on each
+    host. InputError: no store there, or a damaged one.
     """
 
-    def __init__(self, path: str | Path, seed: int = 0, split: str = "seeded") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        seed: int = 0,
+        split: str = "seeded",
+        *,
+        test_share: float = 0.2,
+        val_share: float = 0.0,
+    ) -> None:
         if split not in SPLITS:
             raise InputError(f"split={split!r} is unknown; {did_you_mean(split, SPLITS)}")
+        check_shares(test_share, val_share)
         self.path, self.seed, self.split = Path(path), seed, split
+        self.test_share, self.val_share = test_share, val_share
         self.manifest = read_manifest(self.path)
         self.name: str = self.manifest["name"]
         self.num_clients: int = self.manifest["clients"]
@@ -51,7 +71,6 @@ class Store:
         self.input_shape: tuple[int, ...] = tuple(self.manifest["input_shape"])
         self.scale = Scaling(*self.manifest["scale"])
         self.num_rows: int = self.manifest["rows"]
-        self.dropped: list[str] = self.manifest["dropped"]  # names of clients with one row or none
 
     @property
     def fingerprint(self) -> str:
@@ -60,12 +79,18 @@ class Store:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return Store, (str(self.path), self.seed, self.split)
+        shares = {"test_share": self.test_share, "val_share": self.val_share}
+        return functools.partial(Store, **shares), (str(self.path), self.seed, self.split)
 
     @functools.cached_property
     def client_names(self) -> list[str]:
         """The clients' names in the source, in the order of their numbers."""
         return json.loads((self.path / "clients.json").read_text())
+
+    @functools.cached_property
+    def dropped(self) -> list[str]:
+        """Names of the clients that were left out: they have one row or none."""
+        return json.loads((self.path / "dropped.json").read_text())
 
     @functools.cached_property
     def _offsets(self) -> np.ndarray:
@@ -95,32 +120,69 @@ class Store:
     def _batch_starts(self) -> np.ndarray:
         return offsets_of(np.array([batch.num_rows for batch in self._batches]))
 
+    def labels(self) -> np.ndarray:
+        """The label of every row, int64 [rows], clients in order."""
+        return np.concatenate([y for _, y in self._columns])
+
+    def from_test(self) -> np.ndarray:
+        """Which rows came in the publisher's test part, bool [rows]."""
+        return self._column("from_test").astype(bool)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The inputs of rows 0 .. num_rows - 1 by number, [n, *input_shape]."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        like = self._columns[0][0]
+        out = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
+        batches = np.searchsorted(self._batch_starts, numbers, side="right") - 1
+        # Within a batch in the order of the file, so that pages are read once and ahead.
+        order = np.argsort(numbers, kind="stable")
+        edges = np.searchsorted(batches[order], np.arange(len(self._columns) + 1))
+        for batch in np.flatnonzero(np.diff(edges)):
+            wanted = order[edges[batch] : edges[batch + 1]]
+            out[wanted] = self._columns[batch][0][numbers[wanted] - self._batch_starts[batch]]
+        return out
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
+
     @functools.cached_property
-    def _train(self) -> np.ndarray:
-        """Which rows train, bool [rows]."""
-        group = np.concatenate([batch.column("group").to_numpy() for batch in self._batches])
+    def _parts(self) -> Parts:
+        shares = (self.test_share, self.val_share)
+        if self.split == "temporal":
+            codes = temporal_split(self._offsets, self.manifest.get("overlap", 0), *shares)
+            return Parts(codes, self._offsets)
+        group = self._column("group")
         if self.split == "seeded":
-            return seeded_split(self.seed, self._offsets, group)
-        marks = [batch.column("from_test").to_numpy() for batch in self._batches]
-        from_test = np.concatenate(marks).astype(bool)
+            return Parts(seeded_split(self.seed, self._offsets, group, *shares), self._offsets)
+        from_test = self.from_test()
         if not from_test.any():
             raise InputError(
                 f"split='leaf', but {self.path} has no test part; "
                 "use split='seeded' or add LEAF's test files to the source"
             )
-        return leaf_split(self.seed, self._offsets, group, from_test)
+        codes = leaf_split(self.seed, self._offsets, group, from_test, *shares)
+        return Parts(codes, self._offsets)
 
     @functools.cached_property
-    def _train_sizes(self) -> np.ndarray:
-        return side_sizes(self._train, self._offsets)
+    def report(self) -> dict[str, Any]:
+        """How the clients' rows are parted, as plain JSON; `warnings` are for the user."""
+        facts = self._parts.report()
+        lone, none = facts["clients_without_test"], facts["rows_in_no_part"]
+        warnings = []
+        if lone and self.test_share > 0:
+            warnings.append(
+                f"{lone} of {self.num_clients} clients have too few rows to test and only train"
+            )
+        if none:
+            warnings.append(f"{none} rows are in no part: they overlap with those of the next part")
+        return {"split": self.split, **facts, "warnings": warnings}
 
     def sizes(self, ids: np.ndarray, part: str) -> np.ndarray:
         """The number of rows of each client in `part`, int64 [len(ids)]."""
         ids = checked_ids(ids, self.num_clients)
-        if checked_part(part) == "train":
-            return self._train_sizes[ids]
-        total = self._offsets[ids + 1] - self._offsets[ids]
-        return total if part == "all" else total - self._train_sizes[ids]
+        if checked_part(part) == "all":  # needs no split
+            return self._offsets[ids + 1] - self._offsets[ids]
+        return self._parts.sizes(ids, part)
 
     def label_counts(self, ids: np.ndarray, part: str = "train") -> np.ndarray:
         """The number of rows of each client and class, int64 [len(ids), num_classes]."""
@@ -140,14 +202,17 @@ class Store:
         offsets = offsets_of(self.sizes(ids, part))
         like = self._columns[0][column]
         out = np.empty((int(offsets[-1]), *like.shape[1:]), dtype=like.dtype)
-        batches = np.searchsorted(self._batch_starts, self._offsets[ids], side="right") - 1
-        for i, (client, batch) in enumerate(zip(ids, batches, strict=True)):
-            low, high = self._offsets[client], self._offsets[client + 1]
-            start = self._batch_starts[batch]
-            rows = self._columns[batch][column][low - start : high - start]
-            if part != "all":
-                rows = rows[self._train[low:high] == (part == "train")]
-            out[offsets[i] : offsets[i + 1]] = rows
+        starts = self._batch_starts
+        at = 0
+        for low, high in zip(self._offsets[ids], self._offsets[ids + 1], strict=True):
+            while low < high:
+                batch = np.searchsorted(starts, low, side="right") - 1
+                end = min(high, starts[batch + 1])
+                rows = self._columns[batch][column][low - starts[batch] : end - starts[batch]]
+                if part != "all":
+                    rows = rows[self._parts.codes[low:end] == CODES[part]]
+                out[at : at + len(rows)] = rows
+                low, at = end, at + len(rows)
         return out, offsets
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import Scaling
 from subfleet.datasets import (
     ClientRows,
     InMemory,
@@ -26,12 +25,13 @@ from subfleet.datasets.federation import (
     part_sizes,
     train_sizes,
 )
+from subfleet.datasets.reader import Layout
 
 
 def stored(path, x):
     rows = ClientRows("a", x, np.arange(len(x)) % 2, np.zeros(len(x), bool))
-    facts = {"name": "toy", "num_classes": 2, "input_shape": (3,), "scale": Scaling()}
-    write_store(path, [rows], **facts, source={"folder": str(path)})
+    layout = Layout(num_classes=2, input_shape=(3,))
+    write_store(path, [rows], name="toy", layout=layout, source={"folder": str(path)})
     return identity(Store(path))
 
 
@@ -93,6 +93,7 @@ def test_parts_add_up_and_neither_is_empty(sizes):
     n = np.array(sizes)
     train, test = part_sizes(n, "train"), part_sizes(n, "test")
     assert np.array_equal(train + test, n) and np.array_equal(part_sizes(n, "all"), n)
+    assert not part_sizes(n, "val").any()
     assert np.all(train[n >= 1] >= 1) and np.all(test[n >= 2] >= 1)
     big = n >= 5
     assert np.array_equal(train[big], n[big] * 4 // 5)

@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,11 @@ import pytest
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.scaling import Scaling
 from subfleet.datasets import ClientRows, Federation, Store, write_store, writing
+from subfleet.datasets.pool import Pool
+from subfleet.datasets.reader import Layout
 
-FACTS = {
-    "name": "toy",
-    "num_classes": 4,
-    "input_shape": (2, 3),
-    "scale": Scaling(0.5, 1.0),
-    "source": {},
-}
+LAYOUT = Layout(num_classes=4, input_shape=(2, 3), scale=Scaling(0.5, 1.0))
+FACTS = {"name": "toy", "layout": LAYOUT, "source": {}}
 
 
 def _clients(dtype=np.uint8, count=6):
@@ -30,7 +28,7 @@ def _clients(dtype=np.uint8, count=6):
         yield ClientRows(f"c{i}", x, draw.integers(0, 4, rows), np.arange(rows) == rows - 1)
 
 
-@pytest.fixture(params=[np.uint8, np.float32])
+@pytest.fixture(params=[np.uint8, np.float32, np.int8, np.int16, np.int32])
 def written(request, tmp_path):
     write_store(tmp_path / "toy", _clients(request.param), **FACTS)
     return Store(tmp_path / "toy"), list(_clients(request.param))
@@ -38,7 +36,7 @@ def written(request, tmp_path):
 
 def test_rows_come_back_as_they_were(written):
     data, clients = written
-    assert isinstance(data, Federation)
+    assert isinstance(data, Federation) and isinstance(data, Pool)
     assert (data.num_clients, data.num_rows, data.scale) == (6, 33, Scaling(0.5, 1.0))
     assert data.client_names == [f"c{i}" for i in range(6)]
     block = data.block(np.array([4, 0, 4]), "all")
@@ -75,7 +73,7 @@ def test_leaf_split_keeps_leafs_test_rows(written):
 
 
 def test_it_pickles_as_its_arguments(written):
-    data = Store(written[0].path, seed=5)
+    data = Store(written[0].path, seed=5, test_share=0.3, val_share=0.1)
     ids = np.arange(6)
     before = data.block(ids, "train")
     text = pickle.dumps(data)
@@ -92,6 +90,48 @@ def test_many_batches_read_like_one(tmp_path, monkeypatch):
     ids = np.array([5, 2, 3])
     for part in ("train", "test"):
         assert np.array_equal(one.block(ids, part).x, many.block(ids, part).x)
+    numbers = np.array([32, 0, 5, 5, 17])
+    assert np.array_equal(one.rows(numbers), many.rows(numbers))
+    assert np.array_equal(one.labels(), many.labels())
+
+
+def test_rows_come_by_number(written):
+    data, clients = written
+    x, y = (np.concatenate([getattr(c, name) for c in clients]) for name in ("x", "y"))
+    numbers = np.array([32, 0, 5, 5, 17])
+    assert np.array_equal(data.rows(numbers), x[numbers]) and data.rows(numbers).dtype == x.dtype
+    assert data.rows(np.array([], np.int64)).shape == (0, 2, 3)
+    assert np.array_equal(data.labels(), y)
+    assert np.array_equal(data.from_test(), np.concatenate([c.from_test for c in clients]))
+
+
+def test_a_validation_part_is_drawn_from_what_trains(written):
+    plain, data = Store(written[0].path), Store(written[0].path, val_share=0.2)
+    ids = np.arange(6)
+    assert plain.sizes(ids, "val").tolist() == [0] * 6
+    assert np.array_equal(plain.block(ids, "test").x, data.block(ids, "test").x)
+    # Client 0 has two different rows only, and the test part comes first.
+    assert data.sizes(ids, "val").tolist()[0] == 0 and np.all(data.sizes(ids, "val")[1:] >= 1)
+    both = data.label_counts(ids, "train") + data.label_counts(ids, "val")
+    assert np.array_equal(both, plain.label_counts(ids, "train"))
+    assert len(data.block(ids, "val").y) == data.sizes(ids, "val").sum()
+
+
+def test_a_temporal_split_leaves_the_overlap_out(tmp_path):
+    write_store(tmp_path / "toy", _clients(), **FACTS | {"layout": replace(LAYOUT, overlap=1)})
+    data = Store(tmp_path / "toy", split="temporal", test_share=0.4)
+    ids, clients = np.arange(6), list(_clients())
+    assert data.sizes(ids, "train").tolist() == [1, 2, 3, 3, 4, 4]
+    assert data.sizes(ids, "test").tolist() == [1, 1, 1, 2, 2, 3]
+    for client, rows in enumerate(clients):
+        one = data.block(ids[[client]], "train").x, data.block(ids[[client]], "test").x
+        assert np.array_equal(one[0], rows.x[: len(one[0])])
+        assert np.array_equal(one[1], rows.x[len(one[0]) + 1 :])
+    assert (
+        data.report["rows_in_no_part"] == 6
+        and "6 rows are in no part" in data.report["warnings"][0]
+    )
+    assert data.sizes(ids, "all").tolist() == [3, 4, 5, 6, 7, 8]
 
 
 def test_columns_are_views_of_the_file(written):
