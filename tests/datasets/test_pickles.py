@@ -62,7 +62,11 @@ def python_2(rows):
         return b"T" + len(data).to_bytes(4, "little") + data
 
     array = b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85"
-    array += string(b"b") + b"\x87Rq\x03(K\x01" + b"K%cK\x03\x86" % len(rows)
+    array += (
+        string(b"b")
+        + b"\x87Rq\x03(K\x01"
+        + b"J%bJ%b\x86" % tuple(n.to_bytes(4, "little") for n in rows.shape)
+    )
     array += b"cnumpy\ndtype\nq\x04" + string(b"u1") + b"K\x00K\x01\x87Rq\x05"
     array += b"(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array += b"\x89" + long(rows.tobytes()) + b"tb"
@@ -144,6 +148,15 @@ def test_tricks_are_refused(data):
 def test_registries_and_outside_objects_are_refused(data):
     with pytest.raises(BadPickle):
         load_pickle(data, "a")
+
+
+def test_large_arrays_of_python_2_are_views(tmp_path):
+    rows = np.arange(200 * 6000, dtype=np.uint8).reshape(200, 6000)
+    (tmp_path / "a").write_bytes(python_2(rows))
+    mapped = map_file(tmp_path / "a")
+    found = load_pickle(mapped, "a")["data"]
+    assert np.shares_memory(found, np.frombuffer(mapped, np.uint8))
+    np.testing.assert_array_equal(found, rows)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
