@@ -1,4 +1,4 @@
-"""FEMNIST as LEAF writes it: JSON files of writers, read once into a store.
+"""FEMNIST as LEAF writes it: JSON files of writers.
 
 Source: Caldas et al., "LEAF: A Benchmark for Federated Settings" (2018). A file
 holds {"users": [...], "num_samples": [...], "user_data": {user: {"x": [[784
@@ -8,12 +8,11 @@ floats]], "y": [ints]}}}; x is 28 x 28 row by row in [0, 1], 1 is paper; y is
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.core.scaling import INK
-from subfleet.datasets.reader import ClientRows
+from subfleet.datasets import leaf
+from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
 from subfleet.datasets.store import VERSION, Store, read_manifest
 from subfleet.datasets.writing import write_store
 
@@ -30,6 +30,73 @@ SHAPE = (1, 28, 28)
 PIXELS = 784
 Progress = Callable[[str, int, int], None]
 _Parts = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # user -> (x, y) of train, of test
+
+
+@dataclass(frozen=True)
+class Femnist:
+    """Handwritten digits and letters by some 3,500 writers, as LEAF's preprocess.sh writes them.
+
+    A shard is one JSON file. x is uint8 [1, 28, 28], 255 the paper; LEAF's pixels
+    are multiples of 1/255, so that rounding loses nothing (others move by 1/510
+    at most). Faults, besides `leaf.read_users`: labels that are no integers in
+    0..61; images not of 784 pixels; pixels that are no number in [0, 1].
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in `subfleet.datasets.SETS`."""
+        return "femnist"
+
+    def shards(self, source: Path) -> list[Shard]:
+        """The JSON files; see `leaf.shards`."""
+        return leaf.shards(source)
+
+    def layout(self, source: Path) -> Layout:
+        """Images of 62 classes, by writer."""
+        del source  # All of LEAF's files look alike.
+        return Layout(NUM_CLASSES, SHAPE, scale=INK)
+
+    def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
+        """The writers of one file."""
+        label = leaf.integer_below(NUM_CLASSES)
+        for user in leaf.read_users(shard.path, faults):
+            bound = f"an integer in 0..{NUM_CLASSES - 1}"
+            y, labelled = leaf.labels_of(user, label, bound, faults)
+            x, whole = _images(user.x, user.where, faults)
+            x, y = x[labelled[whole]], y[labelled & whole]
+            if len(y):
+                yield ClientRows(user.name, x, y, np.full(len(y), shard.from_test))
+
+
+def _images(rows: list[Any], where: str, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [whole images, 1, 28, 28], and which rows are whole images, bool [rows]."""
+    problems = [_problem(row) for row in rows]
+    if any(problems):
+        for number, problem in enumerate(problems):
+            if problem:
+                faults.found("wrong image", f"{where}, sample {number}{problem}")
+        rows = [row for row, problem in zip(rows, problems, strict=True) if not problem]
+    x = np.array(rows, dtype=np.float64).reshape(-1, PIXELS)
+    whole = np.array([not problem for problem in problems], dtype=bool)
+    return np.rint(x * 255).astype(np.uint8).reshape(-1, *SHAPE), whole
+
+
+def _problem(row: Any) -> str:
+    """What keeps a row from being 784 numbers, or ""."""
+    if not isinstance(row, list) or len(row) != PIXELS:
+        size = len(row) if isinstance(row, list) else "no"
+        return f" has {size} pixels, not {PIXELS} (28 x 28); give images of that size"
+    if not set(map(type, row)) <= {float, int}:
+        number = next(n for n, pixel in enumerate(row) if type(pixel) not in (float, int))
+        return f" has a pixel that is no number ({row[number]!r} at {number}); correct it"
+    # Written so that NaN, which compares false, is found too.
+    if not all(0 <= pixel <= 1 for pixel in set(row)):
+        number = next(n for n, pixel in enumerate(row) if not 0 <= pixel <= 1)
+        return (
+            f", pixel {number} is {row[number]}, outside [0, 1]; "
+            "scale the pixels or leave the sample out"
+        )
+    return ""
 
 
 def open_femnist(
@@ -46,10 +113,10 @@ def open_femnist(
     part. The first call reads the JSON (about a minute a million samples) into a
     store in `cache`, by default $SUBFLEET_CACHE or ~/.cache/subfleet; later calls
     take milliseconds, as long as no file's name, size or time changed.
-    `progress` is called with (what, done, total). InputError: see `read_users`.
+    `progress` is called with (what, done, total). InputError: see `Femnist`.
     """
     source = Path(source).expanduser()
-    files = find_files(source)
+    files = Femnist().shards(source)
     print_ = fingerprint(source, files)
     path = cache_folder(cache) / f"femnist-{print_[:20]}"
     try:
@@ -65,63 +132,37 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def find_files(source: Path) -> list[tuple[Path, bool]]:
-    """The JSON files of `source` and whether each is of the test part, in order of their names."""
-    if not source.exists():
-        raise InputError(
-            f"data folder {str(source)!r} does not exist; give the folder that holds LEAF's "
-            "train/ and test/, e.g. --set data.source=/path/to/leaf/femnist/data"
-        )
-    if source.is_file():
-        return [(source, False)]
-    files = [(file, False) for file in _json_files(source / "train")]
-    files += [(file, True) for file in _json_files(source / "test")]
-    if not files:
-        files = [(file, "_test" in file.name) for file in _json_files(source)]
-    if not files:
-        raise InputError(
-            f"data folder {str(source)!r} has no .json or .json.gz file, nor train/ or test/ "
-            "with one; give the folder that LEAF's preprocess.sh filled"
-        )
-    return files
-
-
-def _json_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.name.endswith((".json", ".json.gz")))
-
-
-def fingerprint(source: Path, files: list[tuple[Path, bool]]) -> str:
+def fingerprint(source: Path, files: list[Shard]) -> str:
     """A hash of the folder and of its files' names, sizes and times."""
     facts: list[Any] = [VERSION, str(source.resolve())]
-    for file, _ in files:
-        stat = file.stat()
-        facts.append([str(file), stat.st_size, stat.st_mtime_ns])
+    for file in files:
+        stat = file.path.stat()
+        facts.append([str(file.path), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _prepare(
     path: Path,
     source: Path,
-    files: list[tuple[Path, bool]],
+    files: list[Shard],
     print_: str,
     progress: Progress | None,
 ) -> None:
     users: _Parts = {}
     parts: dict[str, dict[bool, Path]] = {}
-    for number, (file, is_test) in enumerate(files):
+    for number, file in enumerate(files):
         if progress:
             progress("read", number, len(files))
-        for name, x, y in read_users(file):
+        is_test = file.from_test
+        for name, x, y, _ in Femnist().read(file, Faults()):
             seen = parts.setdefault(name, {})
             if is_test in seen:
                 raise InputError(
-                    f"user {name!r} is in {seen[is_test]} and again in {file}, both of the "
+                    f"user {name!r} is in {seen[is_test]} and again in {file.path}, both of the "
                     f"{'test' if is_test else 'train'} part; a user may be once in each part: "
                     "remove one"
                 )
-            seen[is_test] = file
+            seen[is_test] = file.path
             empty = (np.empty((0, *SHAPE), np.uint8), np.empty(0, np.int64))
             users.setdefault(name, [empty, empty])[int(is_test)] = (x, y)
     if progress:
@@ -133,9 +174,7 @@ def _prepare(
         path,
         _joined(users, progress),
         name="femnist",
-        num_classes=NUM_CLASSES,
-        input_shape=SHAPE,
-        scale=INK,
+        layout=Femnist().layout(source),
         source=facts,
     )
 
@@ -148,96 +187,3 @@ def _joined(users: _Parts, progress: Progress | None) -> Iterator[ClientRows]:
         yield ClientRows(name, x, y, from_test)
         if progress:
             progress("write", number + 1, len(users))
-
-
-def read_users(file: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The users of one LEAF file: name, x uint8 [n, 1, 28, 28], y int64 [n].
-
-    Only users listed under "users" are read. InputError, with the file and the
-    user: JSON cut short or of another shape; a user listed twice or without data;
-    x and y of different lengths; labels that are no integers in 0..61; images
-    not of 784 pixels; pixels that are no number in [0, 1].
-    """
-    data = _load(file)
-    users, user_data = data.get("users"), data.get("user_data")
-    if not isinstance(users, list) or not isinstance(user_data, dict):
-        raise InputError(
-            f"{file} lacks LEAF's 'users' (a list) or 'user_data' (an object); "
-            "give files that LEAF's preprocess.sh wrote"
-        )
-    listed: set[str] = set()
-    for name in users:
-        if not isinstance(name, str):
-            raise InputError(f"{file}: user {name!r} is no string; correct 'users'")
-        where = f"{file}: user {name!r}"
-        if name in listed:
-            raise InputError(f"{where} is listed twice in 'users'; remove one")
-        listed.add(name)
-        if name not in user_data:
-            raise InputError(f"{where} is in 'users' but not in 'user_data'; the file is damaged")
-        rows = user_data[name]
-        if not isinstance(rows, dict) or not all(isinstance(rows.get(k), list) for k in "xy"):
-            raise InputError(f"{where} has no lists 'x' and 'y'; the file is damaged")
-        if len(rows["x"]) != len(rows["y"]):
-            raise InputError(
-                f"{where} has {len(rows['x'])} images in x but {len(rows['y'])} labels in y; "
-                "they must be equally many"
-            )
-        yield name, _images(rows["x"], where), _labels(rows["y"], where)
-
-
-def _load(file: Path) -> dict:
-    opened = gzip.open if file.suffix == ".gz" else open
-    remedy = "the file is cut short or damaged: fetch or make it again"
-    try:
-        with opened(file, "rb") as stream:
-            data = json.load(stream)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{file} is no whole JSON ({error.msg} at character {error.pos}); {remedy}"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file} cannot be decoded ({error}); {remedy}") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error}); check its permissions") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file} holds a {type(data).__name__}, not LEAF's object; {remedy}")
-    return data
-
-
-def _images(rows: list, where: str) -> np.ndarray:
-    """uint8 [n, 1, 28, 28]: LEAF's pixels are multiples of 1/255, so rounding loses nothing.
-
-    Other values move by 1/510 at most.
-    """
-    for number, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != PIXELS:
-            size = len(row) if isinstance(row, list) else "no"
-            raise InputError(
-                f"{where}, sample {number} has {size} pixels, not {PIXELS} (28 x 28); "
-                "give images of that size"
-            )
-    try:
-        x = np.array(rows, dtype=np.float64).reshape(len(rows), PIXELS)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} has a pixel that is no number ({error}); correct it") from None
-    # Written so that NaN, which compares false, is found too.
-    wrong = ~((x >= 0) & (x <= 1))
-    if wrong.any():
-        sample, pixel = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{where}, sample {sample}, pixel {pixel} is {x[sample, pixel]}, outside [0, 1]; "
-            "scale the pixels or leave the sample out"
-        )
-    return np.rint(x * 255).astype(np.uint8).reshape(-1, *SHAPE)
-
-
-def _labels(labels: list, where: str) -> np.ndarray:
-    """int64 [n] in 0..61."""
-    for number, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < NUM_CLASSES:
-            raise InputError(
-                f"{where}, sample {number} has label {label!r}, "
-                f"not an integer in 0..{NUM_CLASSES - 1}; correct it or leave the sample out"
-            )
-    return np.array(labels, dtype=np.int64)

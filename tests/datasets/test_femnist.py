@@ -11,7 +11,8 @@ import pytest
 
 from subfleet.core.errors import InputError
 from subfleet.datasets import open_femnist
-from subfleet.datasets.femnist import cache_folder
+from subfleet.datasets.femnist import Femnist, cache_folder
+from subfleet.datasets.reader import Faults
 
 IMAGE = [1.0] * 392 + [0.0] * 391 + [3 / 255]
 GOOD = {
@@ -22,6 +23,31 @@ GOOD = {
         "b": {"x": [IMAGE, IMAGE[::-1], [0.5] * 784], "y": [3, 4, 5]},
     },
 }
+
+
+def read(source, faults=None):
+    """(client, is of the test part) of all files of `source`."""
+    faults = faults or Faults()
+    reader = Femnist()
+    return [
+        (client, shard.from_test)
+        for shard in reader.shards(source)
+        for client in reader.read(shard, faults)
+    ]
+
+
+def test_the_reader_on_the_real_sample(real_data):
+    clients = read(real_data / "femnist")
+    parts = {part: [c for c, is_test in clients if is_test == part] for part in (False, True)}
+    sizes = {part: np.array([len(client.y) for client in parts[part]]) for part in parts}
+    assert [len({client.name for client in parts[part]}) for part in parts] == [89, 89]
+    assert (sizes[False].sum(), sizes[True].sum()) == (12_441, 1_425)
+    assert (round(sizes[False].mean(), 2), round(sizes[False].std(), 2)) == (139.79, 32.74)
+    x = np.concatenate([client.x for client, _ in clients])
+    assert x.dtype == np.uint8 and x.shape[1:] == (1, 28, 28) and np.median(x) == 255
+    assert all(client.from_test.all() == is_test for client, is_test in clients)
+    layout = Femnist().layout(real_data)
+    assert (layout.num_classes, layout.natural, layout.spread) == (62, True, False)
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +172,6 @@ def _set(user, key, index, value):
 
 
 BAD = {
-    "cut": (json.dumps(GOOD).encode()[:900], r"all_data_0\.json is no whole JSON .* cut short"),
-    "a list": (b"[1, 2]", "holds a list, not LEAF's object"),
-    "no users": ({"users": [], "user_data": {}}, "has no users"),
-    "no user_data": ({"users": ["a"]}, "lacks LEAF's 'users'"),
-    "not in user_data": (
-        _changed(lambda d: d["user_data"].pop("b")),
-        "user 'b' is in 'users' but not in 'user_data'",
-    ),
-    "twice": (_changed(lambda d: d["users"].append("a")), "user 'a' is listed twice"),
-    "lengths": (
-        _changed(lambda d: d["user_data"]["a"]["y"].pop()),
-        "user 'a' has 2 images in x but 1 labels in y",
-    ),
     "label 62": (_set("b", "y", 2, 62), r"user 'b', sample 2 has label 62, .*0\.\.61"),
     "label -1": (_set("b", "y", 0, -1), r"user 'b', sample 0 has label -1"),
     "label 1.5": (_set("b", "y", 0, 1.5), r"has label 1\.5, not an integer"),
@@ -168,34 +181,69 @@ BAD = {
     "NaN": (_set("a", "x", 0, [float("nan")] * 784), "sample 0, pixel 0 is nan, outside"),
     "above 1": (_set("a", "x", 1, [1.0] * 783 + [255.0]), r"pixel 783 is 255\.0, outside \[0, 1\]"),
     "text": (_set("a", "x", 1, ["dark"] * 784), "pixel that is no number"),
-    "no x": (_changed(lambda d: d["user_data"]["a"].pop("x")), "user 'a' has no lists 'x' and 'y'"),
+    "truth": (_set("a", "x", 1, [1.0] * 783 + [True]), r"no number \(True at 783\)"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_input_errors_and_leave_nothing(place, case):
+def test_bad_rows_are_faults(place, case):
     content, message = BAD[case]
+    _write(place[0], content)
+    with pytest.raises(InputError, match=message):
+        read(place[0])
+    faults = Faults(skip=True)
+    clients = {client.name: client for client, _ in read(place[0], faults)}
+    kind = "unknown label" if "label" in case else "wrong image"
+    assert faults.counts == {kind: 1}
+    assert sum(len(client.y) for client in clients.values()) == 4
+    assert all(
+        len(client.x) == len(client.y) == len(client.from_test) for client in clients.values()
+    )
+
+
+def test_the_right_rows_are_left_out(place):
+    data = _set("b", "y", 0, 99)
+    data["user_data"]["b"]["x"][1] = [2.0] * 784
+    _write(place[0], data)
+    clients = {client.name: client for client, _ in read(place[0], Faults(skip=True))}
+    assert clients["b"].y.tolist() == [5] and clients["b"].x.min() == 128
+
+
+def test_a_user_without_a_sound_row_is_left_out(place):
+    data = _set("a", "y", 0, 99)
+    data["user_data"]["a"]["y"][1] = 99
+    _write(place[0], data)
+    assert [client.name for client, _ in read(place[0], Faults(skip=True))] == ["b"]
+
+
+BAD_FILES = {
+    "cut": (json.dumps(GOOD).encode()[:900], r"all_data_0\.json is no whole JSON .* cut short"),
+    "no users": ({"users": [], "user_data": {}}, "has no users"),
+    "empty": (
+        _changed(lambda d: d["user_data"].update(b={"x": [], "y": []})),
+        "user 'b' has no samples",
+    ),
+    "lengths": (
+        _changed(lambda d: d["user_data"]["a"]["y"].pop()),
+        "user 'a' has 2 samples in x but 1 labels in y",
+    ),
+    "label 62": BAD["label 62"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_input_errors_and_leave_nothing(place, case):
+    content, message = BAD_FILES[case]
     _write(place[0], content)
     with pytest.raises(InputError, match=message):
         open_femnist(*place)
     assert not place[1].exists() or list(place[1].iterdir()) == []
 
 
-def test_a_cut_gz_is_an_input_error(place):
-    place[0].mkdir()
-    packed = gzip.compress(json.dumps(GOOD).encode())
-    (place[0] / "a.json.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(InputError, match=r"a\.json\.gz cannot be decoded .* cut short"):
-        open_femnist(*place)
-    (place[0] / "a.json.gz").write_bytes(b"no gzip at all")
-    with pytest.raises(InputError, match=r"a\.json\.gz cannot be decoded"):
-        open_femnist(*place)
-
-
 def test_a_user_twice_in_one_part_is_an_input_error(place):
     _write(place[0] / "train", GOOD, "0.json")
     _write(place[0] / "train", GOOD, "1.json")
-    with pytest.raises(InputError, match=r"user 'b' is in .*0\.json and again in .*1\.json"):
+    with pytest.raises(InputError, match=r"user '[ab]' is in .*0\.json and again in .*1\.json"):
         open_femnist(*place)
 
 
