@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from subfleet.core.errors import InputError, RunFailed, did_you_mean
+from subfleet.datasets.archives import Unreadable, open_tree
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in all or 0)."""
@@ -72,7 +73,7 @@ def download(name: str, folder: Path, progress: Progress | None = None) -> Path:
             f"data.download: nothing is known of {name!r}; {did_you_mean(name, DOWNLOADS)}"
         )
     if name == "celeba":
-        return _celeba(folder)
+        return _celeba(folder, progress)
     for file in remotes(name):
         fetch(file, folder, progress)
     return folder
@@ -214,7 +215,30 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _celeba(folder: Path) -> Path:
+def unpack(archive: Path, folder: Path, progress: Progress | None = None) -> None:
+    """Writes an archive's files below `folder`; those that are there whole are kept.
+
+    InputError: paths outside the folder, a damaged entry.
+    """
+    tree = open_tree(archive)
+    names = tree.names()
+    for number, name in enumerate(names):
+        path = folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            try:
+                part.write_bytes(tree.read(name))
+            except Unreadable as error:
+                raise InputError(
+                    f"{archive}: {name} cannot be read ({error}); fetch it again"
+                ) from None
+            part.rename(path)
+        if progress:
+            progress(f"unpack {archive.name}", number + 1, len(names))
+
+
+def _celeba(folder: Path, progress: Progress | None) -> Path:
     """CelebA's aligned images, attributes and identities, through torchvision and gdown."""
     wanted = ("img_align_celeba.zip", "list_attr_celeba.txt", "identity_CelebA.txt")
     page = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -236,4 +260,5 @@ def _celeba(folder: Path) -> Path:
                     f"{name} could not be fetched from Google Drive ({error}); run again later, "
                     f"or fetch it by hand from {page} into {folder}"
                 ) from error
+    unpack(folder / wanted[0], folder, progress)
     return folder

@@ -5,12 +5,13 @@ import http.server
 import importlib.util
 import os
 import threading
+import zipfile
 from contextlib import contextmanager
 
 import pytest
 
 from subfleet.core.errors import InputError
-from subfleet.datasets.download import BY_HAND, DOWNLOADS, Remote, download, fetch, remotes
+from subfleet.datasets.download import BY_HAND, DOWNLOADS, Remote, download, fetch, remotes, unpack
 
 DATA = hashlib.sha256(b"").digest() * (3 << 16)  # 6 MiB
 MD5 = hashlib.md5(DATA).hexdigest()
@@ -233,3 +234,22 @@ def test_unknown_names(tmp_path):
 def test_celeba_needs_gdown(tmp_path):
     with pytest.raises(InputError, match="Google Drive, which needs the package gdown"):
         download("celeba", tmp_path)
+
+
+def test_unpacking_keeps_what_is_there_and_refuses_paths_outside(tmp_path):
+    packed = tmp_path / "a.zip"
+    with zipfile.ZipFile(packed, "w") as out:
+        out.writestr("images/1.jpg", b"one")
+        out.writestr("images/2.jpg", b"two")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").write_bytes(b"ONE")
+    calls = []
+    unpack(packed, tmp_path, lambda *call: calls.append(call))
+    assert [(tmp_path / "images" / f"{n}.jpg").read_bytes() for n in (1, 2)] == [b"ONE", b"two"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["1.jpg", "2.jpg"]
+    assert calls[-1] == ("unpack a.zip", 2, 2)
+    with zipfile.ZipFile(packed, "a") as out:
+        out.writestr("../3.jpg", b"three")
+    with pytest.raises(InputError, match="path outside"):
+        unpack(packed, tmp_path / "images")
+    assert not (tmp_path / "3.jpg").exists()
