@@ -14,6 +14,7 @@ from subfleet.datasets import (
     InMemory,
     Store,
     SyntheticFemnist,
+    SyntheticVectors,
     split_clients,
     write_store,
 )
@@ -114,3 +115,22 @@ def test_unknown_parts_and_clients_are_input_errors():
 def test_numbers_out_of_bounds_are_input_errors(value):
     with pytest.raises(InputError, match=r"clients=.*an integer of at least 1"):
         checked_number("clients", value, 1, whole=True)
+
+
+def test_arrays_in_memory_have_a_validation_part_where_it_is_asked_for():
+    x, y = np.arange(40, dtype=np.float32).reshape(20, 2), np.arange(20) % 2
+    plain = InMemory(x, y, np.array([0, 10, 20]))
+    data = InMemory(x, y, np.array([0, 10, 20]), val_share=0.2)
+    ids = np.array([1, 0])
+    found = {part: data.sizes(ids, part).tolist() for part in ("train", "val", "test", "all")}
+    assert found == {"train": [6, 6], "val": [2, 2], "test": [2, 2], "all": [10, 10]}
+    assert plain.block(ids, "val").x.shape == (0, 2)
+    assert np.array_equal(plain.block(ids, "test").x, data.block(ids, "test").x)
+    assert identity(plain) != identity(data)
+
+
+@pytest.mark.parametrize("data", [SyntheticFemnist(9), SyntheticVectors(9)], ids=lambda d: d.name)
+def test_who_has_no_validation_part_gives_no_rows(data):
+    block = data.block(np.arange(3), "val")
+    assert block.x.shape == (0, *data.input_shape) and block.offsets.tolist() == [0] * 4
+    assert not data.sizes(np.arange(3), "val").any() and not data.label_counts([0], "val").any()
