@@ -2,7 +2,7 @@
 
 Commands import what they need when they run, so that `--help` does not wait for
 torch and Ray. Exit statuses: 0 done, 1 the run failed, 2 the input is wrong, 130
-interrupted; errors are one message on stderr, without a traceback unless
+interrupted, 143 terminated; errors are one message on stderr, without a traceback unless
 `--debug` asks for it.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from subfleet.cli_catalog import algorithms, data_app, models_app
-from subfleet.cli_support import DebugOption, reported
+from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
 
 app = typer.Typer(
@@ -104,6 +104,7 @@ def run(
     if resume and out is None:
         raise InputError("--resume needs --out; name the folder of the run to continue")
     loaded = Experiment.load(experiment, overrides or ())
+    loading(always=True)
     from subfleet.dashboards.console import print_end
     from subfleet.launch import launch
 
@@ -152,6 +153,7 @@ def sweep(
     loaded = Experiment.load(experiment)
     axes = dict(parse_grid(axis) for axis in grid or ())
     chosen_seeds = parse_seeds(seeds)
+    loading(always=True)
     from subfleet.sweep import sweep as run_sweep
 
     run_sweep(
@@ -175,6 +177,7 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Train sub-networks on 1,000 synthetic clients in three tiers, in a few minutes."""
+    loading(always=True)
     from subfleet.demo import demo as run_demo
 
     run_demo(out=out, console=_stderr())

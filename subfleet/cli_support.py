@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.platform.signals import terminable
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -22,12 +24,17 @@ STATUS_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command end with the right status and one message on stderr."""
+    """Make a command end with the right status and one message on stderr.
+
+    A SIGTERM unwinds it like Ctrl-C, and ends it with status 143.
+    """
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with terminable() as take_sigterm:
+                take_sigterm()
+                command(*args, **kwargs)
         except InputError as error:
             _end(f"error: {error}", STATUS_BAD_INPUT, kwargs.get("debug", False))
         except RunFailed as error:
@@ -41,6 +48,15 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             _end(_unforeseen(error), STATUS_FAILED, kwargs.get("debug", False))
 
     return guarded
+
+
+def loading(*, always: bool = False) -> None:
+    """Say on stderr, before torch is imported, that this takes seconds.
+
+    Commands that only show something say so on a terminal alone, unless `always`.
+    """
+    if "torch" not in sys.modules and (always or sys.stderr.isatty()):
+        typer.echo("loading torch ...", err=True)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from subfleet import registry
-from subfleet.config import Experiment, TrainTable
+from subfleet.config import Experiment, RunTable, TrainTable
 from subfleet.config import Tier as TierTable
 from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Tier, width_map
@@ -25,9 +27,11 @@ from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
-from subfleet.datasets.federation import identity
+from subfleet.datasets.federation import identity, split_clients
+from subfleet.platform import checkpoint
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
+from subfleet.platform.files import last_checkpoint
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.job import Job, RunOptions
 from subfleet.platform.metrics import ClientsLog, Observer, read_metrics
@@ -142,9 +146,13 @@ def launch(
     address: str | None = None,
     engine_record: str | os.PathLike | None = None,
     progress: Console | None = None,
+    alone: bool = True,
     observers: Sequence[Observer] = (),
 ) -> Run:
     """Runs an experiment to its end.
+
+    An interrupt (Ctrl-C, a KeyboardInterrupt) saves the last finished round and goes on
+    its way.
 
     Args:
         experiment: What to run.
@@ -155,16 +163,24 @@ def launch(
         address: A Ray cluster to use; Ray is started in this process otherwise.
         engine_record: An `engine.json` whose choices to replay.
         progress: Where a live line of progress goes; without one only warnings are logged.
+        alone: Whether `progress` is for this run alone: then it also hears of the steps
+            before the first round and, after an interrupt, of the command to go on with.
         observers: Further watchers, called in the process that runs the rounds.
 
     Raises:
         InputError: The experiment, its data or the folder cannot be used.
         RunFailed: The run could not be finished.
     """
+    say = _teller(progress if alone else None)
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
-    job = assemble(experiment, record, Preparation(progress) if progress is not None else None)
-    device = local_device(experiment.run.device) if local else experiment.run.device
-    folder = _folder(experiment, job, out, resume)
+    try:
+        say("reading the data ...")
+        job = assemble(experiment, record, Preparation(progress) if progress is not None else None)
+        device = local_device(experiment.run.device) if local else experiment.run.device
+        folder = _folder(experiment, job, out, resume)
+    except (KeyboardInterrupt, SystemExit):
+        say(f"stopped; {out} is as it was" if resume else "stopped; nothing saved yet")
+        raise
     if progress is not None:
         line = ConsoleProgress(experiment.run.rounds, progress)
     else:
@@ -176,8 +192,10 @@ def launch(
             workers = max(1, experiment.run.hosts)
             summary = _run_here(job, folder, device, workers, [*watching, line])
         else:
-            from subfleet.cluster.start import run_on_ray
+            from subfleet.cluster.start import ray_started, run_on_ray
 
+            if not ray_started():
+                say("starting Ray ..." if address is None else f"joining Ray at {address} ...")
             summary = run_on_ray(
                 job,
                 folder,
@@ -187,7 +205,11 @@ def launch(
                 hosts=experiment.run.hosts,
                 device=device,
             )
-    except BaseException:
+    except BaseException as error:
+        line.close()
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            for words in _how_to_go_on(folder, experiment.run.rounds, local, address):
+                say(words)
         # Nothing was trained: leave nothing that would be in the way of the next try.
         if not resume and not folder.begun:
             folder.discard()
@@ -195,6 +217,55 @@ def launch(
     finally:
         line.close()
     return Run(folder.path, summary)
+
+
+def _teller(console: Console | None) -> Callable[[str], None]:
+    def say(words: str) -> None:
+        if console is not None:
+            console.print(words, soft_wrap=True, markup=False, highlight=False)
+
+    return say
+
+
+def _how_to_go_on(
+    folder: RunFolder, rounds: int, local: bool, address: str | None
+) -> tuple[str, ...]:
+    """What an interrupted run left, and the command that takes it up."""
+    last = last_checkpoint(folder.metrics)
+    if last is None:
+        return ("stopped; nothing saved yet",)
+    where = ["--local"] if local else [] if address is None else ["--address", address]
+    command = ["run", str(folder.config), "--out", str(folder.path), "--resume", *where]
+    return (
+        f"stopped; {folder.path} holds {checkpoint.number(last)} of {rounds} rounds; go on with",
+        f"  {command_name()} {shlex.join(command)}",
+    )
+
+
+def command_name() -> str:
+    """How this process was told to run subfleet: the console script, or a Python's `-m`."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "subfleet"])
+    return "subfleet"
+
+
+def _doubts(experiment: Experiment, job: Job) -> list[str]:
+    """Settings that are allowed, and yet do not do what they seem to."""
+    doubts = []
+    cut = [tier.name for tier in experiment.fleet.tiers if tier.width not in (None, 1.0)]
+    if cut and not job.work.net.elastic:
+        doubts.append(
+            f"the width of tier {', '.join(cut)} has no effect: {experiment.model.name} has no "
+            "units that can be left out, so every tier trains all of it"
+        )
+    held_out = len(split_clients(experiment.run.seed, job.federation.num_clients)[1])
+    wanted = experiment.run.eval_clients
+    if held_out and wanted > held_out and wanted != RunTable().eval_clients:
+        doubts.append(
+            f"run.eval_clients = {wanted}, and {held_out} clients are held out: "
+            "accuracy is measured on these"
+        )
+    return doubts
 
 
 def _run_here(
@@ -219,6 +290,13 @@ def local_device(wanted: str) -> str:
 def _folder(
     experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
 ) -> RunFolder:
+    folder = _made_or_found(experiment, job, out, resume)
+    return replace(folder, warnings=(*folder.warnings, *_doubts(experiment, job)))
+
+
+def _made_or_found(
+    experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
+) -> RunFolder:
     config, fingerprint = experiment.to_toml(), experiment.fingerprint(stops=False)
     data = identity(job.federation)
     if not resume:
@@ -227,11 +305,20 @@ def _folder(
     if out is None:
         raise InputError("resume needs the run's folder; give out=")
     folder = RunFolder.open(out, fingerprint, config, data)
-    changes = folder.environment_changes()
-    if not changes:
-        return folder
-    words = f"resumed on another machine or other versions than it began on ({'; '.join(changes)})"
-    return replace(folder, warnings=(f"{words}: the last bits may differ",))
+    notes = []
+    if changes := folder.environment_changes():
+        notes.append(
+            "resumed on another machine or other versions than it began on "
+            f"({'; '.join(changes)}): the last bits may differ"
+        )
+    last = last_checkpoint(folder.metrics)
+    done = checkpoint.number(last) if last is not None else 0
+    if done >= experiment.run.rounds:
+        notes.append(
+            f"run.rounds = {experiment.run.rounds}, and {done} rounds are done already: nothing "
+            f"is trained; set run.rounds above {done} to go on"
+        )
+    return replace(folder, warnings=tuple(notes))
 
 
 def _new_name(experiment: Experiment) -> Path:

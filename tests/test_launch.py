@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import subfleet
+from subfleet.algorithms import FedPA
 from subfleet.cli import app
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError, RunFailed
@@ -97,15 +100,15 @@ def test_a_given_engine_record_is_replayed(finished: subfleet.Run, tmp_path: Pat
     assert written == record
 
 
-class Interrupt:
-    """An observer that ends the process's run after a round, before any checkpoint."""
+class Cut:
+    """An observer that ends a run after a round, before any checkpoint."""
 
     def on_start(self, info: dict) -> None:
         pass
 
     def on_round(self, record: dict, coverage: dict) -> None:
         if record["round"] == 2:
-            raise KeyboardInterrupt
+            raise RunFailed("cut")
 
     def on_end(self, summary: dict) -> None:
         pass
@@ -121,14 +124,39 @@ def test_a_resume_replays_the_record_even_without_a_checkpoint(tmp_path: Path) -
     given: dict[str, Any] = {"local": True, "engine_record": tmp_path / "engine.json"}
     whole = launch(experiment, out=tmp_path / "whole", **given)
     assert whole.summary["params_sha256"] != plain.summary["params_sha256"]
-    with pytest.raises(KeyboardInterrupt):
-        launch(experiment, out=tmp_path / "cut", observers=[Interrupt()], **given)
+    with pytest.raises(RunFailed, match="cut"):
+        launch(experiment, out=tmp_path / "cut", observers=[Cut()], **given)
     resumed = launch(experiment, out=tmp_path / "cut", resume=True, local=True)
     assert resumed.summary["params_sha256"] == whole.summary["params_sha256"]
     assert json.loads((resumed.path / "engine.json").read_text()) == record
     (plain.path / "summary.json").unlink()
     with pytest.raises(InputError, match="--engine-record differs"):
         launch(experiment, out=plain.path, resume=True, **given)
+
+
+@dataclass(frozen=True)
+class Stops(FedPA):
+    """FedPA; a run of it is interrupted while it plans the third round."""
+
+    def plan(self, state: Any, cohort: Any, round: int) -> Any:
+        if round == 3:
+            raise KeyboardInterrupt
+        return super().plan(state, cohort, round)
+
+
+def test_an_interrupt_saves_the_last_finished_round(tmp_path: Path) -> None:
+    name = f"{Stops.__module__}:Stops"
+    stops = Experiment(**tables(algorithm__name=name, run__checkpoint_every=0))
+    with pytest.raises(KeyboardInterrupt):
+        launch(stops, out=tmp_path / "run", local=True)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == "round-000002"
+    assert subfleet.Run(tmp_path / "run", {}).clients().num_rows == 8
+    short = launch(
+        stops.with_values({"run.rounds": 2}), out=tmp_path / "run", resume=True, local=True
+    )
+    fresh = launch(Experiment(**tables(run__rounds=2)), out=tmp_path / "fresh", local=True)
+    assert short.summary["params_sha256"] == fresh.summary["params_sha256"]
 
 
 def test_the_target_accuracy_ends_a_run(tmp_path: Path) -> None:
@@ -146,6 +174,37 @@ def test_max_seconds_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     assert not cut.summary["finished"] and cut.summary["rounds"] == 1
     whole = launch(Experiment(**tables()), out=tmp_path / "run", resume=True, local=True)
     assert whole.summary["finished"] and whole.summary["rounds"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model": {"name": "logreg"}},
+            "the width of tier low has no effect: logreg has no units that can be left out",
+        ),
+        ({"run__eval_clients": 9}, "run.eval_clients = 9, and 4 clients are held out"),
+    ],
+)
+def test_settings_without_effect_are_pointed_out(
+    changes: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "subfleet"):
+        launch(Experiment(**tables(run__rounds=1, **changes)), out=tmp_path / "run", local=True)
+    assert [record.message for record in caplog.records if words in record.message]
+
+
+def test_a_resume_with_nothing_left_to_do_says_so(
+    finished: subfleet.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "subfleet"):
+        again = launch(
+            Experiment(**tables(run__rounds=2)), out=tmp_path / "run", resume=True, local=True
+        )
+    assert again.summary["rounds"] == 4
+    (record,) = caplog.records
+    assert record.message.startswith("run.rounds = 2, and 4 rounds are done already: nothing is")
 
 
 # --- bad input: one clear message, the right status, nothing half-written ------------------------
@@ -312,7 +371,7 @@ def test_training_that_turns_nan_in_round_1_leaves_nothing(tmp_path: Path) -> No
     path = write(tmp_path, train__lr=1e38, train__steps=9, train__epochs=None)
     done = CliRunner().invoke(app, ["run", str(path), "--local", "--out", str(tmp_path / "run")])
     assert done.exit_code == 1
-    assert "round 1: training of" in done.stderr and "is none yet" in done.stderr
+    assert "round 1: training of" in done.stderr and "there is no checkpoint yet" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

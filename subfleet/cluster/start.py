@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import sysconfig
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from subfleet.platform.executor import brief
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import Observer
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.signals import terminable
 
 ANSWER_S = 5.0  # how long a cluster may take to answer a knock
 ZIPPED_STDLIB = f"/python{sys.version_info.major}{sys.version_info.minor}.zip"
@@ -34,6 +33,11 @@ class Placement:
     device: str
     cpus: float
     gpus: float
+
+
+def ray_started() -> bool:
+    """Whether this process has a Ray session already."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def ray_session(address: str | None) -> Iterator[Any]:
     check_address(address)
     try:
         # Ray prints what befalls its processes; our standard output is for results.
-        with _terminable() as take_sigterm, redirect_stdout(sys.stderr):
+        with terminable() as take_sigterm, redirect_stdout(sys.stderr):
             _connect(ray, address)
             take_sigterm()
             yield ray
@@ -114,37 +118,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _terminable() -> Iterator[Callable[[], None]]:
-    """Ends the process with status 143 after a SIGTERM, as shells have it, once unwound.
-
-    Yields a function that takes the signal over, to be called after Ray took it.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    received: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        del frame
-        received.append(number)
-        # Ray's waiting calls let only this one through, as one of their own.
-        raise KeyboardInterrupt
-
-    try:
-        yield lambda: _on_sigterm(interrupt)
-    except KeyboardInterrupt:
-        if received:
-            sys.exit(128 + received[0])
-        raise
-    finally:
-        _on_sigterm(before)
-
-
-def _on_sigterm(handler: Any) -> None:
-    """Ray sets a handler of its own; Python allows handlers in the main thread only."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
 
 
 def check_address(address: str | None) -> None:

@@ -185,7 +185,8 @@ def _names(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("round-*") if path.is_dir())
 
 
-def _number(path: Path) -> int:
+def number(path: Path) -> int:
+    """The round of a checkpoint's folder; -1 when that is not what it is called after."""
     digits = path.name.removeprefix("round-")
     return int(digits) if digits.isdigit() else -1
 
@@ -225,7 +226,7 @@ def _remove_temporaries(folder: Path) -> None:
 def _drop_others(folder: Path, round: int, keep: int) -> None:
     """Keep the last `keep` up to `round`; a kill in the middle never leaves half of one."""
     names = _names(folder)
-    past = [path for path in names if _number(path) <= round]
+    past = [path for path in names if number(path) <= round]
     stay = set(past[-max(1, keep) :])
     for path in names:
         if path not in stay:

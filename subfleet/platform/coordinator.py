@@ -17,6 +17,7 @@ from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
 POLL_S = 0.25
+STOP_S = 10.0  # how long a coordinator may take to save what is finished
 
 Event = tuple[str, dict[str, Any]]
 
@@ -68,8 +69,15 @@ class Coordinator:
         self._rounds = Rounds(job, RayExecutor(hosts, device), folder, watching)
 
     def run(self) -> dict[str, Any]:
-        """All rounds that are left; returns the summary."""
-        return self._rounds.run()
+        """All rounds that are left; returns the summary, nothing when told to stop."""
+        try:
+            return self._rounds.run()
+        except KeyboardInterrupt:
+            return {}
+
+    def stop(self) -> None:
+        """Ends `run` as soon as it can, the last finished round saved."""
+        self._rounds.stop()
 
     def events(self) -> list[Event]:
         """What happened since the last call; nothing unless `followed`."""
@@ -78,7 +86,7 @@ class Coordinator:
 
 def start_coordinator(*args: Any) -> Any:
     """A coordinator that reserves no core; `args` are `Coordinator`'s."""
-    # Two calls at a time: the rounds, and a driver that asks how they go.
+    # Two calls at a time: the rounds, and a driver that asks how they go or tells to stop.
     actor: Any = Coordinator
     return actor.options(num_cpus=0, max_concurrency=2).remote(*args)
 
@@ -86,9 +94,19 @@ def start_coordinator(*args: Any) -> Any:
 def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:
     """Starts the coordinator and tells `progress` how it goes; returns the summary.
 
-    With a `progress` the coordinator must have been told that it is followed.
+    With a `progress` the coordinator must have been told that it is followed. After a
+    KeyboardInterrupt it is given a while to save the last finished round.
     """
     ended = coordinator.run.remote()
+    try:
+        return _followed(coordinator, ended, progress)
+    except KeyboardInterrupt:
+        coordinator.stop.remote()
+        ray.wait([ended], timeout=STOP_S)
+        raise
+
+
+def _followed(coordinator: Any, ended: Any, progress: Observer | None) -> dict[str, Any]:
     while True:
         done, _ = ray.wait([ended], timeout=POLL_S if progress is not None else None)
         if progress is not None and (not done or _succeeded(ended)):

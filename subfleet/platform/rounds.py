@@ -62,11 +62,18 @@ class Rounds:
         self.phase_name = ""
         self.state: State = {}
         self.mean_cost = (float("nan"), float("nan"))  # of the last round's clients
+        self._saved = 0  # the round of the newest checkpoint
+        self._settled = False  # whether the state is that of `done` whole rounds
+        self._stopping = False
 
     # --- the whole run -----------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Runs from the last checkpoint (or from scratch) to the end; returns the summary."""
+        """Runs from the last checkpoint (or from scratch) to the end; returns the summary.
+
+        After a KeyboardInterrupt the last finished round is saved first, unless a round is
+        just then being written down: the newest checkpoint stays what it was.
+        """
         started = perf_counter()
         with ExitStack() as stack:
             stack.callback(os.close, self.folder.lock())
@@ -83,21 +90,44 @@ class Rounds:
             self._write_record()
             self._tell_start()
             reached = self._reached(metrics.read()[-1]) if self.done else False
-            late = False
-            while self.done < self.options.rounds and not reached and not late:
-                record, rows, coverage = self._round(self.done + 1)
-                clients.add(record["round"], rows)
-                metrics.append(record)
-                self.done = record["round"]
-                for observer in self.observers:
-                    observer.on_round(record, coverage)
-                reached, late = self._reached(record), self._out_of_time(started)
-                if self._checkpoint_due(last=reached or late):
+            try:
+                late = self._loop(metrics, clients, started, reached)
+            except KeyboardInterrupt:
+                if self._settled and self.done > self._saved:
                     clients.flush()
                     self._checkpoint()
-                elif self.done % FLUSH_ROUNDS == 0:
-                    clients.flush()
-            return self._finish(metrics, finished=reached or not late)
+                raise
+            return self._finish(metrics, finished=not late)
+
+    def stop(self) -> None:
+        """Asks, from another thread, for an end as by Ctrl-C."""
+        self._stopping = True
+
+    def _heed_stop(self) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
+
+    def _loop(
+        self, metrics: MetricsLog, clients: ClientsLog, started: float, reached: bool
+    ) -> bool:
+        """The rounds that are left; whether the time was over before they were."""
+        late = False
+        self._settled = True
+        while self.done < self.options.rounds and not reached and not late:
+            self._heed_stop()
+            record, rows, coverage = self._round(self.done + 1)
+            clients.add(record["round"], rows)
+            metrics.append(record)
+            self.done, self._settled = record["round"], True
+            for observer in self.observers:
+                observer.on_round(record, coverage)
+            reached, late = self._reached(record), self._out_of_time(started)
+            if self._checkpoint_due(last=reached or late):
+                clients.flush()
+                self._checkpoint()
+            elif self.done % FLUSH_ROUNDS == 0:
+                clients.flush()
+        return late and not reached
 
     def _out_of_time(self, started: float) -> bool:
         limit = self.options.max_seconds
@@ -145,19 +175,18 @@ class Rounds:
         measured = self._evaluation_due(round)
         with self.clock.phase("plan"):
             phase = self.algorithm.phase(round)
+            state = self.state
             if phase.name != self.phase_name:
-                self.state = self.algorithm.enter(phase, self.state)
-                self.phase_name = phase.name
+                state = self.algorithm.enter(phase, state)
             cohort = self.roster.cohort(phase, round)
-            plan = self.algorithm.plan(self.state, cohort, round)
+            plan = self.algorithm.plan(state, cohort, round)
             bundles = self._bundles(phase, plan, round, local_test=measured)
         results, reduced = self._train(bundles, plan, collect=phase.reduction == "collect")
         self._refuse_nan(round, results)
         with self.clock.phase("server"):
-            self.state = self.algorithm.server_step(self.state, plan, reduced)
-            self._remember(round, bundles, results)
+            state = self.algorithm.server_step(state, plan, reduced)
         trained_s = perf_counter() - started
-        evaluated = self._evaluate(round) if measured else None
+        evaluated = self._evaluate(round, state) if measured else None
         with self.clock.phase("metrics"):
             rows = client_columns(results, self.roster.tier_names, self._bytes_down(plan))
             coverage = self._coverage(reduced)
@@ -170,6 +199,11 @@ class Rounds:
                 retries=self.executor.retries - retries,
                 trained_s=trained_s,
             )
+        # All that the next round follows from changes here, at once.
+        self._settled = False
+        with self.clock.phase("server"):
+            self.state, self.phase_name = state, phase.name
+            self._remember(round, bundles, results)
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
 
@@ -229,6 +263,7 @@ class Rounds:
             if result.update is not None:
                 with self.clock.phase("reduce"):
                     tree.add(result.number, result.update)
+            self._heed_stop()
             # The partial sum lives on in the tree alone.
             results[result.number] = replace(result, update=None)
         whole = [result for result in results if result is not None]
@@ -255,11 +290,11 @@ class Rounds:
         if not bad:
             return
         last = last_checkpoint(self.folder.checkpoints)
+        held = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         named = ", ".join(f"{client} (tier {tier})" for client, tier in bad[:5])
         raise RunFailed(
             f"round {round}: training of {len(bad)} clients was not finite: {named}"
-            f"{', …' if len(bad) > 5 else ''}; the last good checkpoint is "
-            f"{last or 'none yet'}. Lower train.lr, set train.clip_norm, "
+            f"{', …' if len(bad) > 5 else ''}; {held}. Lower train.lr, set train.clip_norm, "
             'or set run.on_nan = "skip" to leave such clients out'
         )
 
@@ -308,10 +343,10 @@ class Rounds:
         every = self.options.eval_every
         return round == self.options.rounds or (every > 0 and round % every == 0)
 
-    def _evaluate(self, round: int) -> Evaluated:
+    def _evaluate(self, round: int, state: State) -> Evaluated:
         with self.clock.phase("evaluate"):
             ids, part = self.roster.evaluated
-            views = self.algorithm.views(self.state)
+            views = self.algorithm.views(state)
             distinct = {map.key: map for map in views.values()}
             macs = sum(self.net.cost(map).macs for map in distinct.values())
             bundles = bundling.cut_evaluation(
@@ -322,7 +357,7 @@ class Rounds:
                 round=round,
                 part=part,
             )
-            shared = {0: self.algorithm.model(self.state)}
+            shared = {0: self.algorithm.model(state)}
             return Evaluated.merged(self.executor.run(bundles, shared), views)
 
     # --- checkpoint and resume ---------------------------------------------------------------
@@ -347,6 +382,7 @@ class Rounds:
             keep=self.options.keep_checkpoints,
             attach=(lambda to: self.kept.snapshot(to / "kept")) if self.algorithm.keeps else None,
         )
+        self._saved = self.done
 
     def _restore(self) -> None:
         # The file, not the checkpoint: it also holds what was chosen since, or before the first.
@@ -362,7 +398,7 @@ class Rounds:
             self.state = self.algorithm.init(self.net.init(self.seed))
             return
         self.warnings = found.warnings
-        self.done = found.round
+        self.done = self._saved = found.round
         self.state = found.state["state"]
         self.phase_name = found.state["phase"]
         self.roster.restore(found.state["roster"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -160,15 +161,24 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("where", [[], ["--local"]])
 @pytest.mark.parametrize(
     ("sent", "status", "words"),
     [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")],
 )
-def test_an_interrupted_run_leaves_no_process_and_a_folder_to_resume(
-    sent: signal.Signals, status: int, words: str, commands: Commands, tmp_path: Path
+def test_an_interrupted_run_saves_its_rounds_and_says_how_to_go_on(
+    sent: signal.Signals,
+    status: int,
+    words: str,
+    where: list[str],
+    commands: Commands,
+    tmp_path: Path,
 ) -> None:
-    run = commands.run(tmp_path / "out", "--set", "run.rounds=1000")
-    wait_for_round(run, tmp_path / "out", 3)
+    # No checkpoint but that of the interrupt.
+    more = ["--set", "run.rounds=1000", "--set", "run.checkpoint_every=0", *where]
+    run = commands.run(tmp_path / "out", *more)
+    wait_for_round(run, tmp_path / "out", 4)
+    time.sleep(0.05)  # while a round is written down it cannot be saved
     # A terminal sends Ctrl-C to the whole group.
     os.killpg(run.pid, sent) if sent is signal.SIGINT else run.send_signal(sent)
     _, errors = run.communicate(timeout=60)
@@ -178,11 +188,29 @@ def test_an_interrupted_run_leaves_no_process_and_a_folder_to_resume(
     assert left_over(run.pid) == {}
 
     done = len(list(read_metrics(tmp_path / "out" / "metrics.jsonl")))
-    rounds = done + 1
-    again = commands.run(tmp_path / "out", "--resume", "--local", "--set", f"run.rounds={rounds}")
+    said = errors.splitlines()
+    at = next(i for i, line in enumerate(said) if "go on with" in line)
+    assert said[at] == f"stopped; {tmp_path / 'out'} holds {done} of 1000 rounds; go on with"
+    python, *arguments = shlex.split(said[at + 1])
+    assert python == sys.executable
+    assert ("--local" in arguments) == bool(where)
+    again = commands.start(*arguments, "--set", f"run.rounds={done + 1}")
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
-    assert_every_round_once(tmp_path / "out", rounds)
+    assert_every_round_once(tmp_path / "out", done + 1)
+
+
+def test_a_run_stopped_before_its_first_round_leaves_nothing(
+    commands: Commands, tmp_path: Path
+) -> None:
+    run = commands.run(tmp_path / "out", "--local")
+    assert run.stderr is not None
+    while run.stderr.readline() != "reading the data ...\n":
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (143, "stopped; nothing saved yet\n")
+    assert not (tmp_path / "out").exists()
 
 
 SWEEP = """

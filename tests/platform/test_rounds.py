@@ -118,7 +118,9 @@ def test_training_that_is_not_finite_names_round_client_and_tier(tmp_path):
     train, _ = split_clients(0, 10)
     bad = int(train[3])
     job = toys.job(fedavg(), poisoned(bad), cohort=8, checkpoint_every=1)
-    with pytest.raises(RunFailed, match=rf"round 1: .* {bad} \(tier w1\.0\).*none yet.*on_nan"):
+    with pytest.raises(
+        RunFailed, match=rf"round 1: .* {bad} \(tier w1\.0\).*no checkpoint yet.*on_nan"
+    ):
         toys.run(job, tmp_path / "run")
     assert list(read_metrics(tmp_path / "run" / "metrics.jsonl")) == []
 
