@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.launch import Run, launch
+from subfleet.dashboards.console import duration
+from subfleet.launch import Run, assemble, command_name, launch
+from subfleet.platform import checkpoint
+from subfleet.platform.files import last_checkpoint
 from subfleet.platform.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -67,14 +72,39 @@ def cells(
     points: Mapping[str, Mapping[str, Any]],
     out: Path,
 ) -> list[Cell]:
-    """The cells of labelled settings, in their order, seeds innermost."""
+    """The cells of labelled settings, in their order, seeds innermost.
+
+    Raises `InputError`, with the cell's name, for a value that cannot be.
+    """
     found = []
     for label, settings in points.items():
         for seed in seeds:
-            one = experiment.with_values({**settings, "run.seed": seed})
+            with _named(label):
+                one = experiment.with_values({**settings, "run.seed": seed})
             name = f"{_slug(label)}-s{seed}-{one.fingerprint()[:10]}"
             found.append(Cell(label, settings, one, out / name))
     return found
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Errors within the block name the cell."""
+    try:
+        yield
+    except (InputError, RunFailed) as error:
+        raise type(error)(f"cell {label}: {error}") from error
+
+
+def check(todo: Sequence[Cell]) -> None:
+    """Builds what each unfinished cell would run, without running it.
+
+    A mistake in the last cell then shows before the first one is trained. Of the seeds of
+    a point, which differ in nothing else, one is built. Raises `InputError`.
+    """
+    first = {cell.label: cell for cell in reversed(todo) if cell.done() is None}
+    for label, cell in reversed(first.items()):
+        with _named(label):
+            assemble(cell.experiment)
 
 
 def _slug(label: str) -> str:
@@ -87,16 +117,27 @@ def run_cells(
     local: bool = False,
     address: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    progress: Console | None = None,
 ) -> list[Run]:
     """Runs the cells that are not finished; returns every cell's run, in order.
 
-    After the first cell that really ran, says how long the rest will take. Unless
-    `local`, one Ray serves them all.
+    All cells are checked before the first one runs. Says which cell runs and, after the
+    first that really ran, how long the rest will take; `progress` shows the rounds of
+    each. Unless `local`, one Ray serves them all.
     """
     left = sum(cell.done() is None for cell in todo)
-    say(f"{len(todo)} cells, {len(todo) - left} finished before, {left} to run")
+    say(f"{_count(len(todo))}, {len(todo) - left} finished before, {left} to run")
+    if left:
+        say("reading the data ...")
+        check(todo)
+    if left and not local:
+        say("starting Ray ..." if address is None else f"joining Ray at {address} ...")
     with nullcontext() if local or not left else _ray(address):
-        return _run_each(todo, left, local=local, address=address, say=say)
+        return _run_each(todo, local=local, address=address, say=say, progress=progress)
+
+
+def _count(cells: int) -> str:
+    return f"{cells} cell" if cells == 1 else f"{cells} cells"
 
 
 def _ray(address: str | None) -> AbstractContextManager[Any]:
@@ -107,28 +148,61 @@ def _ray(address: str | None) -> AbstractContextManager[Any]:
 
 def _run_each(
     todo: Sequence[Cell],
-    left: int,
     *,
     local: bool,
     address: str | None,
     say: Callable[[str], None],
+    progress: Console | None,
 ) -> list[Run]:
     runs: list[Run] = []
-    spent: list[float] = []
+    pace = _Pace(todo)
     for number, cell in enumerate(todo, start=1):
         run = cell.done()
         if run is None:
-            guess = f", about {statistics.mean(spent) * left / 60:.0f} min left" if spent else ""
-            say(f"cell {number}/{len(todo)}: {cell.label}, seed {cell.experiment.run.seed}{guess}")
-            started = time.perf_counter()
-            resume = (cell.folder / "config.toml").exists()
-            run = launch(
-                cell.experiment, out=cell.folder, resume=resume, local=local, address=address
-            )
-            spent.append(time.perf_counter() - started)
-            left -= 1
+            name = f"{cell.label}, seed {cell.experiment.run.seed}"
+            say(f"cell {number}/{len(todo)}: {name}{pace.left()}")
+            with _named(name), pace.of(cell):
+                run = launch(
+                    cell.experiment,
+                    out=cell.folder,
+                    resume=(cell.folder / "config.toml").exists(),
+                    local=local,
+                    address=address,
+                    progress=progress,
+                    alone=False,
+                )
         runs.append(run)
     return runs
+
+
+class _Pace:
+    """How long the cells that are left will take, from the seconds of a round so far."""
+
+    def __init__(self, todo: Sequence[Cell]):
+        self._rounds = {cell.folder: _rounds_left(cell) for cell in todo if cell.done() is None}
+        self._seconds = 0.0
+        self._done = 0
+
+    def left(self) -> str:
+        """In words, nothing before a cell was run."""
+        if not self._done:
+            return ""
+        seconds = self._seconds / self._done * sum(self._rounds.values())
+        return f", about {duration(seconds)} left"
+
+    @contextmanager
+    def of(self, cell: Cell) -> Iterator[None]:
+        """Measures the block, which runs the cell."""
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+        self._done += self._rounds.pop(cell.folder)
+
+
+def _rounds_left(cell: Cell) -> int:
+    last = last_checkpoint(cell.folder / "config.toml")
+    done = checkpoint.number(last) if last is not None else 0
+    return max(1, cell.experiment.run.rounds - done)
 
 
 def table(todo: Sequence[Cell], runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -174,11 +248,14 @@ def sweep(
     """Runs a grid and prints its table; finished cells in `out` are not run again.
 
     Without `out` the cells go to `cells/`. Raises what a cell raises; the cells
-    before it are kept, and the same command goes on where it stopped.
+    before it are kept, and the same command goes on where it stopped, also after
+    an interrupt.
     """
     folder = Path(out) if out is not None else Path("cells")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: is a file; give a folder")
+    if (folder / "config.toml").exists():
+        raise InputError(f"--out {folder}: holds a run; give a folder of the sweep's own")
     todo = cells(experiment, seeds, grid_points(grid), folder)
 
     def say(text: str) -> None:
@@ -186,15 +263,29 @@ def sweep(
             console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     try:
-        runs = run_cells(todo, local=local, address=address, say=say)
+        runs = run_cells(todo, local=local, address=address, say=say, progress=console)
     except RunFailed as error:
         raise RunFailed(f"{error} (the finished cells in {folder} are kept)") from error
+    except (KeyboardInterrupt, SystemExit):
+        for words in _how_to_go_on(todo, folder):
+            say(words)
+        raise
     rows = table(todo, runs)
-    _show(rows, as_json)
+    _show(rows, [key for key, values in grid.items() if len(values) > 1], as_json)
     return rows
 
 
-def _show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def _how_to_go_on(todo: Sequence[Cell], folder: Path) -> Iterator[str]:
+    """What an interrupted sweep left, and the command that takes it up: the same."""
+    done = sum(cell.done() is not None for cell in todo)
+    if not done and not any(last_checkpoint(cell.folder / "config.toml") for cell in todo):
+        yield "stopped; nothing saved yet"
+        return
+    yield f"stopped; {folder} holds {done} of {_count(len(todo))} finished; go on with"
+    yield f"  {command_name()} {shlex.join(sys.argv[1:])}"
+
+
+def _show(rows: Sequence[Mapping[str, Any]], varied: Sequence[str], as_json: bool) -> None:
     from subfleet.cli_support import print_json, print_table
 
     if as_json:
@@ -203,7 +294,7 @@ def _show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     print_table(
         [
             {
-                "cell": row["cell"],
+                **({key: row[key] for key in varied} or {"cell": row["cell"]}),
                 "seeds": row["seeds"],
                 "accuracy": plus_minus(row, "acc_global"),
                 "local accuracy": plus_minus(row, "acc_local"),

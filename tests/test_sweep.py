@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 from test_launch import tables
 from typer.testing import CliRunner
 
+from subfleet import launch as launch_module
 from subfleet.cli import app
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError
@@ -71,9 +74,17 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     path = tmp_path / "experiment.toml"
     path.write_text(base().to_toml())
     arguments = ["sweep", str(path), "--seeds", "0,1", "--local", "--out", str(tmp_path / "cells")]
-    arguments += ["--set", "algorithm.name=fedpa,fedavg"]
+    arguments += ["--set", "algorithm.name=fedpa,fedavg", "--set", "train.lr=0.1"]
     plain = CliRunner().invoke(app, arguments)
-    assert plain.exit_code == 0 and "name=fedavg" in plain.stdout and "±" in plain.stdout
+    assert plain.exit_code == 0 and "±" in plain.stdout
+    assert "algorithm.name" in plain.stdout and "lr" not in plain.stdout.split("seeds")[0]
+    assert [line.split()[0] for line in plain.stdout.splitlines() if "±" in line] == [
+        "fedpa",
+        "fedavg",
+    ]
+    assert "reading the data ...\ncell 1/4: name=fedpa, lr=0.1, seed 0\n" in plain.stderr
+    assert re.search(r"cell 2/4: name=fedpa, lr=0.1, seed 1, about \d+s left\n", plain.stderr)
+    assert plain.stderr.count("round 2/2 ") == 4
     rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [row["seeds"] for row in rows] == [2, 2]
     assert all(0 <= row["acc_global"] <= 1 for row in rows)
@@ -83,3 +94,54 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         sweep(base(), seeds=[0], grid={}, out=tmp_path / "file", local=True)
+
+
+def test_an_out_that_is_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(InputError, match=r"holds a run; give a folder of the sweep's own"):
+        sweep(base(), seeds=[0], grid={}, out=tmp_path, local=True)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"train.lr": [0.1, -1.0]}, "cell lr=-1.0: train.lr = -1.0: must be greater than 0"),
+        ({"algorithm.name": ["fedpa", "fedpq"]}, "cell name=fedpq: algorithm.name = 'fedpq'"),
+        ({"run.cohort": [4, 400]}, "cell cohort=400: run.cohort=400 is more than the 16 clients"),
+    ],
+)
+def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(
+    grid: dict[str, list], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        sweep(base(), seeds=[0, 1], grid=grid, out=tmp_path / "cells", local=True)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_one_cell_is_not_cells(tmp_path: Path) -> None:
+    said: list[str] = []
+    run_cells(cells(base(), [0], grid_points({}), tmp_path), local=True, say=said.append)
+    assert said[0] == "1 cell, 0 finished before, 1 to run"
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_text(base().to_toml())
+    arguments = ["sweep", str(path), "--seeds", "0,1", "--local", "--out", str(tmp_path / "cells")]
+    monkeypatch.setattr(sys, "argv", ["subfleet", *arguments])
+    plain = launch_module.launch
+
+    def second_is_interrupted(experiment: Experiment, **given: object) -> Run:
+        if experiment.run.seed == 1:
+            raise KeyboardInterrupt
+        return plain(experiment, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("subfleet.sweep.launch", second_is_interrupted)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 130
+    assert done.stderr.endswith(
+        f"stopped; {tmp_path / 'cells'} holds 1 of 2 cells finished; go on with\n"
+        f"  subfleet {' '.join(arguments)}\ninterrupted\n"
+    )
