@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subfleet.cli_support import DebugOption, JsonOption, print_json, print_table, reported
+from subfleet.cli_support import DebugOption, JsonOption, loading, print_json, print_table, reported
 from subfleet.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def algorithms(as_json: JsonOption = False, debug: DebugOption = False) -> None:
       subfleet algorithms
       subfleet algorithms --json
     """
+    loading()
     from subfleet import registry
 
     rows = [
@@ -70,6 +71,7 @@ def data_list(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     Examples:
       subfleet data list
     """
+    loading()
     from subfleet import registry
 
     rows = [
@@ -88,20 +90,24 @@ def data_list(as_json: JsonOption = False, debug: DebugOption = False) -> None:
 def models_list(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the super-networks with their costs at full size.
 
+    Parameters are all that a client trains, biases and norms included.
+
     \b
     Examples:
       subfleet models list --json
     """
+    loading()
     from subfleet import registry
+    from subfleet.core.units import IndexMap
 
     rows = []
     for name, factory in sorted(registry.models().items()):
-        cost = factory().cost()
+        net = factory()
         rows.append(
             {
                 "name": name,
-                "params": cost.params,
-                "macs": cost.macs,
+                "params": net.stored_params(IndexMap.full(), "local"),
+                "macs": net.cost().macs,
                 "options": ", ".join(registry.option_names(factory, registry.MODEL_GIVEN)),
                 "what": _first_line(factory),
             }
@@ -131,12 +137,16 @@ def models_describe(
 ) -> None:
     """Show units, parameters, multiply-accumulates and wire bytes, layer by layer.
 
+    `params` are all that a client trains; `weights` leave out biases and norms, as papers
+    count, and are what a budget `params=N` limits.
+
     \b
     Examples:
       subfleet models describe small_cnn
       subfleet models describe small_cnn --width 0.5
       subfleet models describe vgg --budget flops=30M,params=1M --json
     """
+    loading()
     net = _model(name, options or [])
     layers, total = describe(net, _chosen_width(net, width, budget))
     if as_json:
@@ -195,8 +205,8 @@ def parse_budget(text: str) -> dict[str, int]:
 def describe(net: SuperNetwork, width: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each layer of the sub-network of a width, and the row of its totals.
 
-    Parameters and multiply-accumulates are counted as budgets count them (no
-    biases, no norms); wire bytes hold every tensor that a message carries.
+    `params` are all that is trained; `weights` and multiply-accumulates are what budgets
+    count (no biases, no norms); wire bytes hold every tensor that a message carries.
     """
     from subfleet.core.bindings import extent
     from subfleet.core.budget import width_map
@@ -205,15 +215,19 @@ def describe(net: SuperNetwork, width: float) -> tuple[list[dict[str, Any]], dic
     index_map = width_map(net, width)
     counts = net.space.counts_by_group(index_map)
     entries: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
     for tensor, shape in net.space.slice_shapes(index_map).items():
-        entries[tensor.rpartition(".")[0]] += math.prod(shape)
+        layer = tensor.rpartition(".")[0]
+        entries[layer] += math.prod(shape)
+        trained[layer] += math.prod(shape) if tensor in net.parameters else 0
     rows = [
         {
             "layer": layer.name,
             "kind": layer.kind,
             "units": extent(layer.outputs, counts),
             "of": extent(layer.outputs, dict(net.space.groups)),
-            "params": cost.params,
+            "params": trained[layer.name],
+            "weights": cost.params,
             "macs": cost.macs,
             "wire_bytes": entries[layer.name] * BYTES_PER_ENTRY,
         }
@@ -224,7 +238,8 @@ def describe(net: SuperNetwork, width: float) -> tuple[list[dict[str, Any]], dic
         "width": width,
         "units": sum(counts.values()),
         "of": net.space.num_units,
-        "params": cost.params,
+        "params": net.stored_params(index_map, "local"),
+        "weights": cost.params,
         "macs": cost.macs,
         "wire_bytes": wire.total,
         "map_bytes": wire.map,

@@ -111,9 +111,10 @@ def test_a_layer_table_adds_up() -> None:
     total, layers = shown["total"], shown["layers"]
     assert [row["units"] for row in layers] == [4, 8, 32, 62]
     # conv 9*1*4, conv 9*4*8, fc 8*49*32, fc 32*62; each conv over 28^2 and 14^2 positions.
-    assert [row["params"] for row in layers] == [36, 288, 12_544, 1_984]
+    assert [row["weights"] for row in layers] == [36, 288, 12_544, 1_984]
+    assert [row["params"] for row in layers] == [36 + 4, 288 + 8, 12_544 + 32, 1_984 + 62]
     assert [row["macs"] for row in layers] == [36 * 784, 288 * 196, 12_544, 1_984]
-    for key in ("params", "macs"):
+    for key in ("params", "weights", "macs"):
         assert total[key] == sum(row[key] for row in layers)
     # Wire: the same plus biases, four bytes each, and two bytes for each of three groups.
     assert sum(row["wire_bytes"] for row in layers) == 4 * (14_852 + 4 + 8 + 32 + 62)
@@ -127,7 +128,7 @@ def test_a_budget_gives_the_widest_that_meets_it() -> None:
     )
     total = json.loads(result.stdout)["total"]
     assert total["macs"] <= 100_000
-    assert total["params"] <= 20_000
+    assert total["weights"] <= 20_000
     assert total["width"] >= 0.5
 
 
@@ -139,6 +140,16 @@ def test_lists_come_as_a_table_and_as_json(command: list[str]) -> None:
     for row in rows:
         assert row["name"] in table
         assert row["what"]
+
+
+def test_the_list_counts_parameters_as_describe_and_the_runs_table_do() -> None:
+    rows = json.loads(runner.invoke(app, ["models", "list", "--json"]).stdout)
+    listed = {row["name"]: row["params"] for row in rows}
+    assert listed["small_cnn"] == 55_518
+    for name in ("small_cnn", "vgg"):
+        shown = runner.invoke(app, ["models", "describe", name, "--json"]).stdout
+        assert json.loads(shown)["total"]["params"] == listed[name]
+        assert sum(row["params"] for row in json.loads(shown)["layers"]) == listed[name]
 
 
 def test_the_text_table_shows_thousands() -> None:
