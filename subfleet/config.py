@@ -9,6 +9,7 @@ a data set also carry that thing's own keys (`Table.options`), which
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tomllib
@@ -281,12 +282,27 @@ class Experiment(Table):
 
         Raises:
             InputError: The file cannot be read, is not TOML, or a key is wrong;
-                the message starts with the file's path.
+                the message starts with the file's path, unless an override is to blame.
         """
         tables = config_text.read_toml(Path(path))
+        overrides = list(overrides)
+        changed = copy.deepcopy(tables)
         for override in overrides:
-            config_text.apply_override(tables, override)
-        return cls._from_tables(tables, str(path))
+            config_text.apply_override(changed, override)
+        try:
+            return cls(**changed)
+        except InputError as error:
+            if overrides and cls._fits(tables):
+                raise InputError(f"--set: {error}") from None
+            raise InputError(f"{path}: {error}") from None
+
+    @classmethod
+    def _fits(cls, tables: dict[str, Any]) -> bool:
+        try:
+            cls(**tables)
+        except InputError:
+            return False
+        return True
 
     @classmethod
     def _from_tables(cls, tables: dict[str, Any], origin: str) -> Experiment:

@@ -31,7 +31,10 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8"
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+        raise InputError(
+            f"{path}: not valid TOML: {error}; give an experiment, such as "
+            "examples/quickstart.toml, or correct that line"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -135,7 +135,7 @@ def _users_own(table: str, name: str) -> Factory:
 def build_algorithm(table: AlgorithmTable, setting: Setting) -> Algorithm:
     """The algorithm of `[algorithm]` with its options, in its setting."""
     cls = algorithm_class(table.name)
-    return cls(setting, **check_options("algorithm", cls, table.options, _given(cls)))
+    return cls(setting, **check_options("algorithm", cls, table.options, _given(cls), table.name))
 
 
 def model_facts(federation: Federation) -> dict[str, Any]:
@@ -166,13 +166,13 @@ def build_model(table: ModelTable, **runtime: Any) -> Any:
             f"model.name = {table.name!r}: the data are tokens, which it does not read; "
             f"choose one of {', '.join(text)}, or your own: 'module:attribute'"
         )
-    return _build("model", factory, table.options, runtime)
+    return _build("model", factory, table, runtime)
 
 
 def build_data(table: DataTable, **runtime: Any) -> Any:
     """The data set of `[data]`; of `runtime` the factory gets what it has names for."""
     factory = data_factory(table.name)
-    return _build("data", factory, table.options, runtime)
+    return _build("data", factory, table, runtime)
 
 
 def check_names(experiment: Experiment) -> None:
@@ -183,7 +183,8 @@ def check_names(experiment: Experiment) -> None:
     data_factory(experiment.data.name)
     model_factory(experiment.model.name)
     cls = algorithm_class(experiment.algorithm.name)
-    check_options("algorithm", cls, experiment.algorithm.options, _given(cls))
+    table = experiment.algorithm
+    check_options("algorithm", cls, table.options, _given(cls), table.name)
 
 
 def _given(cls: type[Algorithm]) -> frozenset[str]:
@@ -191,9 +192,9 @@ def _given(cls: type[Algorithm]) -> frozenset[str]:
 
 
 def _build(
-    table: str, factory: Factory, options: Mapping[str, Any], runtime: Mapping[str, Any]
+    kind: str, factory: Factory, table: ModelTable | DataTable, runtime: Mapping[str, Any]
 ) -> Any:
-    checked = check_options(table, factory, options, frozenset(runtime))
+    checked = check_options(kind, factory, table.options, frozenset(runtime), table.name)
     parameters = _parameters(factory)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     passed = {name: v for name, v in runtime.items() if takes_all or name in parameters}
@@ -210,7 +211,11 @@ def option_names(factory: Factory, given: frozenset[str] = frozenset()) -> list[
 
 
 def check_options(
-    table: str, factory: Factory, options: Mapping[str, Any], given: frozenset[str]
+    table: str,
+    factory: Factory,
+    options: Mapping[str, Any],
+    given: frozenset[str],
+    name: str | None = None,
 ) -> dict[str, Any]:
     """The options, converted to what the factory's annotations say.
 
@@ -219,6 +224,7 @@ def check_options(
         factory: A class or function.
         options: The table without `name`.
         given: Parameters that the platform fills; they are not options.
+        name: What the experiment calls the factory; by default its own name.
 
     Raises:
         InputError: Naming the first key that is unknown, missing or of the wrong type.
@@ -226,7 +232,7 @@ def check_options(
     parameters = _parameters(factory)
     known = option_names(factory, given)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    name = getattr(factory, "__name__", repr(factory))
+    name = name or getattr(factory, "__name__", repr(factory))
     for key in options:
         if key in given and key in parameters:
             raise InputError(f"{table}.{key} follows from the run and cannot be set; remove it")

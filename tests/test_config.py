@@ -193,6 +193,17 @@ def test_a_bad_override_is_named(override: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "blamed"), [("", "--set: train.lr = -1: "), ("lr = -2.0", "{}: train.lr = -1: ")]
+)
+def test_the_file_is_not_blamed_for_an_override(text: str, blamed: str, tmp_path: Path) -> None:
+    file = tmp_path / "experiment.toml"
+    file.write_text(f'[data]\nname = "femnist"\n[train]\n{text}\n')
+    with pytest.raises(InputError) as caught:
+        Experiment.load(file, ["train.lr=-1"])
+    assert str(caught.value).startswith(blamed.format(file))
+
+
 def test_an_override_cannot_smuggle_in_a_second_key() -> None:
     tables: dict[str, Any] = {}
     with pytest.raises(InputError):

@@ -143,7 +143,7 @@ def test_what_a_users_module_raises_is_shown(users_folder: Path) -> None:
 def test_names_are_checked_before_anything_is_opened() -> None:
     good = {"data": {"name": "synthetic_femnist"}}
     registry.check_names(Experiment(**good))
-    with pytest.raises(InputError, match=r"algorithm\.widht: not an option of FedAvg"):
+    with pytest.raises(InputError, match=r"algorithm\.widht: not an option of fedavg"):
         registry.check_names(Experiment(**good, algorithm={"name": "fedavg", "widht": 1.0}))
     with pytest.raises(InputError, match=r"algorithm\.setting follows from the run"):
         registry.check_names(Experiment(**good, algorithm={"name": "fedavg", "setting": 1}))

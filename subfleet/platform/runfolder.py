@@ -312,8 +312,14 @@ def _refuse_used(path: Path) -> None:
     names = sorted(item.name for item in path.iterdir())
     if not names:
         return
-    holds = "holds another run" if "config.toml" in names else f"holds other files ({names[0]}, …)"
-    raise InputError(f"--out {path}: {holds}; --resume or another --out")
+    if "config.toml" in names:
+        raise InputError(
+            f"--out {path}: holds another run; --resume to go on with it, or another --out"
+        )
+    more = ", …" if len(names) > 1 else ""
+    raise InputError(
+        f"--out {path}: holds other files ({names[0]}{more}); give a folder that is absent or empty"
+    )
 
 
 def _refuse_other_data(
