@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from subfleet.models.cnn import scaled
 
 HIDDEN_FC = "fc1"
 
+Pool = Literal["last", "max"]
+"""What stands for a row: the final states, or each unit's largest output over the tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextSizes:
@@ -39,12 +43,15 @@ class TextSizes:
     bidirectional: bool
     dense: int
     num_classes: int
+    pool: Pool
 
     def __post_init__(self) -> None:
         for name in ("embedding_size", "hidden", "layers", "dense"):
             value, least = getattr(self, name), 0 if name == "dense" else 1
             if value < least:
                 raise InputError(f"model.{name} is {value}; give a whole number from {least} up")
+        if self.pool not in ("last", "max"):
+            raise InputError(f"model.pool is {self.pool!r}; choose last or max")
 
     @property
     def directions(self) -> int:
@@ -60,9 +67,10 @@ class TextSizes:
 class TextNet(nn.Module):
     """Embedding, LSTM layers, FC. Takes int64 tokens [B, T], gives class scores.
 
-    The FC layers see the last layer's final states: the forward one's after the last
-    token, the backward one's after the first. `vectors`, float32 [vocabulary, E], are
-    constants in the embedding's place: neither trained, averaged nor sent.
+    With pool "last" the FC layers see the last LSTM layer's final states: the forward
+    one's after the last token, the backward one's after the first. `vectors`, float32
+    [vocabulary, E], are constants in the embedding's place: neither trained, averaged
+    nor sent.
     """
 
     vectors: Tensor | None
@@ -85,14 +93,19 @@ class TextNet(nn.Module):
             self.fc1 = nn.Linear(sizes.features, sizes.dense)
         self.fc2 = nn.Linear(sizes.dense or sizes.features, sizes.num_classes)
         self.has_dense = sizes.dense > 0
-        self.directions = sizes.directions
+        self.directions, self.pool = sizes.directions, sizes.pool
 
     def forward(self, x_BT: Tensor) -> Tensor:
         """Class scores [B, num_classes] of tokens [B, T]."""
         table = self.embedding.weight if self.vectors is None else self.vectors
         x_BTE = F.embedding(x_BT, table)
-        _, (final, _) = self.lstm(x_BTE)  # [layers * directions, B, H]
-        features = torch.cat(list(final[-self.directions :]), dim=1)
+        outputs, (final, _) = self.lstm(
+            x_BTE
+        )  # [B, T, directions * H], [layers * directions, B, H]
+        if self.pool == "max":
+            features = outputs.amax(dim=1)
+        else:
+            features = torch.cat(list(final[-self.directions :]), dim=1)
         if self.has_dense:
             features = F.relu(self.fc1(features))
         return self.fc2(features)
@@ -125,6 +138,7 @@ def text_network(
     layers: int,
     bidirectional: bool,
     dense: int,
+    pool: Pool,
     width: float,
 ) -> SuperNetwork:
     """A super-network around `TextNet`; raises `InputError` for data that are not tokens."""
@@ -148,6 +162,7 @@ def text_network(
         bidirectional=bidirectional,
         dense=dense and scaled(dense, width),
         num_classes=num_classes,
+        pool=pool,
     )
     groups = {HIDDEN_FC: sizes.dense} if sizes.dense else {}
     with torch.device("meta"):
@@ -218,6 +233,7 @@ def char_lstm(
     layers: int = 2,
     bidirectional: bool = False,
     dense: int = 64,
+    pool: Pool = "last",
     width: float = 1.0,
 ) -> SuperNetwork:
     """The next character of a text (Shakespeare): two LSTM layers of 64, hidden FC 64.
@@ -240,6 +256,7 @@ def char_lstm(
         layers=layers,
         bidirectional=bidirectional,
         dense=dense,
+        pool=pool,
         width=width,
     )
 
@@ -256,14 +273,15 @@ def sent_lstm(
     layers: int = 2,
     bidirectional: bool = True,
     dense: int = 64,
+    pool: Pool = "max",
     width: float = 1.0,
 ) -> SuperNetwork:
     """What a short text is about (Sentiment140): two LSTM layers of 64 both ways, hidden FC 64.
 
     Word vectors of the data set (`embedding`, [vocabulary, E]) are used as they are,
     frozen; without any, or with `pretrained` false, an embedding of `embedding_size` is
-    learnt. ADDS's network is hidden 256, dense 128 on GloVe's 300 numbers a word:
-    2,785,666 parameters. `width` scales `hidden` and `dense`.
+    learnt, which takes far more rounds. ADDS's network is hidden 256, dense 128 on GloVe's
+    300 numbers a word: 2,785,666 parameters. `width` scales `hidden` and `dense`.
     """
     return text_network(
         "sent_lstm",
@@ -276,5 +294,6 @@ def sent_lstm(
         layers=layers,
         bidirectional=bidirectional,
         dense=dense,
+        pool=pool,
         width=width,
     )

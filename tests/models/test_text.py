@@ -117,29 +117,33 @@ def lstm(w: Params, layer: int, x_BTE: Tensor, *, reverse: bool) -> Tensor:
     return torch.stack(out[::-1] if reverse else out, 1)
 
 
-def plain(w: Params, x: Tensor, table: Tensor, *, both: bool) -> Tensor:
-    """Two LSTM layers, the final states, FC, FC."""
+def plain(w: Params, x: Tensor, table: Tensor, *, both: bool, pool: str) -> Tensor:
+    """Two LSTM layers, the final states or the largest outputs, FC, FC."""
     rows = table[x]
     for layer in (0, 1):
         parts = [lstm(w, layer, rows, reverse=reverse) for reverse in (False, True)[: 1 + both]]
         rows = torch.cat(parts, dim=2)
     # A direction's final state stands at the last token, read backwards at the first.
     final = [part[:, 0 if reverse else -1] for reverse, part in enumerate(parts)]
+    if pool == "max":
+        final = [part.amax(1) for part in parts]
     hidden = (torch.cat(final, 1) @ w["fc1.weight"].T + w["fc1.bias"]).relu()
     return hidden @ w["fc2.weight"].T + w["fc2.bias"]
 
 
 @pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("pool", ["last", "max"])
 @pytest.mark.parametrize("vectors", [None, VECTORS])
-def test_modules_compute_the_equations(both: bool, vectors: np.ndarray | None) -> None:
-    net = small("sent_lstm", embedding=vectors, bidirectional=both, embedding_size=4)
+def test_modules_compute_the_equations(both: bool, pool: str, vectors: np.ndarray | None) -> None:
+    options = {"bidirectional": both, "embedding_size": 4, "pool": pool}
+    net = small("sent_lstm", embedding=vectors, **options)
     kept = IndexMap.of({"fc1": [0, 2, 7]})
     w = {n: t.double() for n, t in net.space.extract(net.init(0), kept).items()}
     module = net.module(kept).double()
     module.load_state_dict(w)
     x = torch.from_numpy(np.random.default_rng(0).integers(0, WORDS, (4, LENGTH)))
     table = w["embedding.weight"] if vectors is None else torch.from_numpy(vectors).double()
-    torch.testing.assert_close(module(x), plain(w, x, table, both=both), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(module(x), plain(w, x, table, both=both, pool=pool))
 
 
 def test_only_the_hidden_layer_is_cut() -> None:
@@ -280,6 +284,8 @@ def test_a_text_model_refuses_images_and_odd_vectors() -> None:
         small("sent_lstm", vocabulary=13, embedding=VECTORS)
     with pytest.raises(InputError, match=r"model\.layers is 0; give a whole number from 1 up"):
         small("char_lstm", layers=0)
+    with pytest.raises(InputError, match=r"model\.pool is 'mean'; choose last or max"):
+        small("char_lstm", pool="mean")
     with pytest.raises(InputError, match=r"model\.vocabulary follows from the run"):
         registry.build_model(
             ModelTable.model_validate({"name": "char_lstm", "vocabulary": 5}), vocabulary=5
