@@ -90,7 +90,8 @@ def main() -> None:
         print(
             f"| {line['rows']:,} | {line['clients']:,} | {line['classes']} "
             f"| {line['kind']} {named} | {line['seconds']:.3f} | {line['cpu_seconds']:.3f} "
-            f"| {line['test_seconds']:.3f} | {line['draws']} | {line['moved']:,} | {line['smallest']} to {line['largest']} |"
+            f"| {line['test_seconds']:.3f} | {line['draws']} | {line['moved']:,} "
+            f"| {line['smallest']} to {line['largest']} |"
         )
 
 
