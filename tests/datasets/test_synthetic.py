@@ -119,3 +119,17 @@ def test_options_out_of_bounds_are_input_errors(wrong):
     (name,) = wrong
     with pytest.raises(InputError, match=f"{name}="):
         SyntheticFemnist(**{"clients": 5, **wrong})
+
+
+def test_writers_of_digits_only_change_nobody_else():
+    some = SyntheticFemnist(200, seed=1, digits_only=0.3)
+    counts, before = (d.label_counts(np.arange(200), "all") for d in (some, DATA))
+    lone = counts[:, 10:].sum(axis=1) == 0
+    assert 0.2 < lone.mean() < 0.4 and not (before[:, 10:].sum(axis=1) == 0).any()
+    assert np.array_equal(counts[~lone], before[~lone])
+    assert np.array_equal(counts.sum(axis=1), before.sum(axis=1))
+
+
+def test_no_rows_validate():
+    block = DATA.block(np.arange(3), "val")
+    assert block.x.shape == (0, 1, 28, 28) and not block.offsets.any()
