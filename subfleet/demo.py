@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from contextlib import nullcontext
 from importlib import resources
@@ -52,6 +54,8 @@ def demo(
     folder = _folder(out)
     started = time.perf_counter()
     runs = {}
+    if console is not None and not local:
+        console.print("starting Ray ...", highlight=False)
     with nullcontext() if local else _ray():
         for name, (title, changes) in RUNS.items():
             if console is not None:
@@ -94,11 +98,19 @@ def _show(runs: dict[str, Run], folder: Path, seconds: float) -> None:
         folder / "accuracy.png",
     )
     console.print(f"\npicture   {picture}", soft_wrap=True, highlight=False)
-    console.print("next      tensorboard --logdir", folder, soft_wrap=True, highlight=False)
-    console.print(
-        "          subfleet run examples/quickstart.toml --set algorithm.name=fedrolex\n"
-        "          subfleet models describe small_cnn --budget flops=100k",
-        soft_wrap=True,
-        highlight=False,
-    )
+    for line in _next(folder):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     typer.echo(str(runs["fedpa"].path))
+
+
+def _next(folder: Path) -> list[str]:
+    """What to type next; first the environment, when its commands are not found as it is."""
+    activate = Path(sys.executable).with_name("activate")
+    here = shutil.which("subfleet") is None and activate.exists()
+    lines = [f". {activate}"] if here else []
+    lines += [
+        f"tensorboard --logdir {folder}",
+        "subfleet run examples/quickstart.toml --set algorithm.name=fedrolex",
+        "subfleet models describe small_cnn --budget flops=100k",
+    ]
+    return [("next      " if i == 0 else "          ") + line for i, line in enumerate(lines)]
