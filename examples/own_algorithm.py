@@ -1,6 +1,6 @@
 """An algorithm of your own, in forty lines: FedProx with the smallest sub-network first.
 
-    subfleet run examples/own_algorithm.toml
+    cd examples && subfleet run own_algorithm.toml
 
 Devices train their largest sub-network, but in the first rounds everybody trains the
 smallest one, and a proximal term keeps clients near the model that they were sent.
