@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -80,3 +81,18 @@ def test_ci_can_be_run(root: Path) -> None:
     script = root / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_a_folder_of_the_packages_name_is_no_riddle(tmp_path: Path) -> None:
+    (tmp_path / "subfleet").mkdir()
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", "subfleet", "--version"],
+        cwd=tmp_path,
+        env=outside,
+        capture_output=True,
+        text=True,
+    )
+    # Whether the folder comes before the package depends on how it was installed.
+    assert done.stdout.startswith("subfleet 0.") or "hides the package" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -214,6 +214,33 @@ def test_a_run_stopped_before_its_first_round_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("where", [[], ["--local"]])
+def test_a_sweep_stopped_in_its_second_cell_goes_on_by_the_same_command(
+    where: list[str], commands: Commands, home: Path, tmp_path: Path
+) -> None:
+    file = home / "experiment.toml"
+    file.write_text(EXPERIMENT.replace("rounds = 8", "rounds = 4"))
+    given = ["-m", "subfleet", "sweep", str(file), "--seeds", "0,1", *where]
+    given += ["--out", str(tmp_path / "cells")]
+    sweep = commands.start(*given)
+    assert sweep.stderr is not None
+    while "cell 2/2: all, seed 1" not in (line := sweep.stderr.readline()):
+        assert line, sweep.communicate()
+    sweep.send_signal(signal.SIGTERM)
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert left_over(sweep.pid) == {}
+    said = errors.splitlines()
+    assert said[-2] == f"stopped; {tmp_path / 'cells'} holds 1 of 2 cells finished; go on with"
+    assert shlex.split(said[-1]) == [sys.executable, *given]
+    again = commands.start(*shlex.split(said[-1])[1:])
+    said, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "2 cells, 1 finished before, 1 to run" in errors
+
+
 SWEEP = """
 import sys
 from pathlib import Path
