@@ -176,7 +176,7 @@ def demo(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Train sub-networks on 1,000 synthetic clients in three tiers, in a few minutes."""
+    """Train sub-networks on 1,000 synthetic clients in three tiers, in a minute or two."""
     loading(always=True)
     from subfleet.demo import demo as run_demo
 
