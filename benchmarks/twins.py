@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from subfleet.core.seeds import generator
+from subfleet.datasets.census import census
 from subfleet.datasets.federation import Block, Federation
 from subfleet.datasets.partitioned import Partitioned
-from subfleet.datasets.statistics import statistics
 from subfleet.datasets.synthetic import TABLE_1, SyntheticFemnist
 from subfleet.datasets.twin_celeba import SyntheticCelebA
 from subfleet.datasets.twin_images import SyntheticImages
@@ -229,7 +229,7 @@ def print_statistics() -> None:
     print("\n| | clients | samples | classes | mean | sd | least classes | most |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, published in ADDS.items():
-        ours = statistics(MAKERS[name](seed=0))
+        ours = census(MAKERS[name](seed=0))
         keys = ("clients", "samples", "classes_present", "mean", "sd", "classes_min", "classes_max")
         for title, row in ((f"{name}, ADDS", published), ("twin", [ours[key] for key in keys])):
             print(f"| {title} | " + " | ".join(f"{v:,.1f}".removesuffix(".0") for v in row) + " |")

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from subfleet.cli_catalog import algorithms, data_app, models_app
+from subfleet.cli_catalog import algorithms, models_app
+from subfleet.cli_data import data_app
 from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
 

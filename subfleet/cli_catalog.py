@@ -20,18 +20,16 @@ models_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(
-    help="Data sets and partitions.", no_args_is_help=True, rich_markup_mode=None
-)
-
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 
-def _first_line(thing: Any) -> str:
+def first_line(thing: Any) -> str:
+    """What a docstring says first."""
     return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows as JSON or as a table."""
     if as_json:
         print_json(rows)
     else:
@@ -55,34 +53,11 @@ def algorithms(as_json: JsonOption = False, debug: DebugOption = False) -> None:
             "name": name,
             "paper": cls.paper,
             "options": ", ".join(registry.option_names(cls)[1:]),
-            "what": _first_line(cls),
+            "what": first_line(cls),
         }
         for name, cls in sorted(registry.algorithms().items())
     ]
-    _print(rows, as_json)
-
-
-@data_app.command("list")
-@reported
-def data_list(as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the data sets with their options.
-
-    \b
-    Examples:
-      subfleet data list
-    """
-    loading()
-    from subfleet import registry
-
-    rows = [
-        {
-            "name": name,
-            "options": ", ".join(registry.option_names(factory, registry.DATA_GIVEN)),
-            "what": _first_line(factory),
-        }
-        for name, factory in sorted(registry.data_sets().items())
-    ]
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @models_app.command("list")
@@ -109,10 +84,10 @@ def models_list(as_json: JsonOption = False, debug: DebugOption = False) -> None
                 "params": net.stored_params(IndexMap.full(), "local"),
                 "macs": net.cost().macs,
                 "options": ", ".join(registry.option_names(factory, registry.MODEL_GIVEN)),
-                "what": _first_line(factory),
+                "what": first_line(factory),
             }
         )
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @models_app.command("describe")

@@ -291,7 +291,8 @@ def _folder(
     experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
 ) -> RunFolder:
     folder = _made_or_found(experiment, job, out, resume)
-    return replace(folder, warnings=(*folder.warnings, *_doubts(experiment, job)))
+    told = getattr(job.federation, "report", {}).get("warnings", [])
+    return replace(folder, warnings=(*folder.warnings, *told, *_doubts(experiment, job)))
 
 
 def _made_or_found(

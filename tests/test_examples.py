@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,6 +57,70 @@ def test_femnist_runs_on_real_writers(
     assert sum(tier["clients"] for tier in run.tiers) == 89
     assert run.metrics[-1]["loss_train"] < run.metrics[0]["loss_train"]
     assert set(run.summary["acc_tier"]) == {"high", "medium", "low"}
+
+
+# What makes one round of an example quick, besides few clients.
+TWINS: dict[str, dict[str, Any]] = {
+    "celeba": {},
+    "cifar10": {},
+    "cifar100": {},
+    "cinic10": {},
+    "mini_imagenet": {},
+    "mnist": {},
+    "sent140": {},
+    "shakespeare": {"data.mean_samples": 60.0, "data.sd_samples": 20.0},
+    "tiny_imagenet": {},
+}
+A_ROUND = {
+    "run.rounds": 1,
+    "run.cohort": 3,
+    "run.eval_every": 1,
+    "run.eval_clients": 2,
+    "train.epochs": 1,
+}
+# The published files among the real samples; of CelebA and mini-ImageNet there are lists, and
+# too few images.
+PUBLISHED = {
+    "cifar10": "cifar10/cifar-10-batches-py",
+    "cifar100": "cifar100/cifar-100-python",
+    "mnist": "mnist",
+    "sent140": "sent140/test",
+    "shakespeare": "shakespeare",
+    "tiny_imagenet": "tiny-imagenet",
+}
+
+
+def trained_a_round(experiment: Experiment, folder: Path) -> None:
+    run = launch(experiment, out=folder, local=True)
+    assert [record["clients"] for record in run.metrics] == [experiment.run.cohort]
+    assert math.isfinite(run.metrics[0]["loss_train"])
+    assert set(run.summary["acc_tier"]) == {"high", "medium", "low"}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_data_set_trains_on_its_twin(name: str, root: Path, tmp_path: Path) -> None:
+    experiment = Experiment.load(root / "examples" / f"{name}.toml")
+    assert experiment.data.name == f"synthetic_{name}", "an example needs no files"
+    trained_a_round(experiment.with_values(A_ROUND | TWINS[name]), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its text makes four million windows before a round begins.
+        pytest.param(name, marks=pytest.mark.slow if name == "shakespeare" else ())
+        for name in PUBLISHED
+    ],
+)
+def test_every_data_set_trains_on_its_published_files(
+    name: str, root: Path, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBFLEET_CACHE", str(tmp_path / "cache"))
+    files = {"data.name": name, "data.source": str(real_data / PUBLISHED[name])}
+    if name == "tiny_imagenet":
+        files["data.clients"] = 20  # the sample holds few images
+    experiment = Experiment.load(root / "examples" / f"{name}.toml")
+    trained_a_round(experiment.with_values(A_ROUND | files), tmp_path / "run")
 
 
 def test_the_demo_compares_two_runs_and_says_what_to_type_next(

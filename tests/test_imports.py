@@ -24,7 +24,10 @@ MAY_IMPORT = {
 }
 # torchvision's mender is part of no layer: it imports nothing of ours.
 FOR_EVERYONE = {"_torchvision", "__version__"}
-RAY_IS_USED_IN = {"platform/executor.py", "platform/coordinator.py", "platform/host.py"}
+RAY_IS_USED_IN = {
+    *("datasets/parallel.py", "datasets/stream.py"),
+    *("platform/executor.py", "platform/coordinator.py", "platform/host.py"),
+}
 # What runs on a device: it knows neither Ray nor where data come from.
 ENGINE = {
     *("engine", "loop", "mapped", "evaluation", "chunks", "resident", "feed"),

@@ -28,6 +28,7 @@ class Scaling(NamedTuple):
 
 AS_STORED = Scaling()
 PIXELS = Scaling(1 / 255)
+SIGNED = Scaling(2 / 255, -1.0)  # colour images: -1 to 1, about centred
 # Grey strokes on white paper, stored as LEAF has them, 255 the paper. With paper at 1, SGD
 # makes no progress for twenty rounds; paper at 0 and strokes of about unit variance train at once.
 INK = Scaling(-2.5 / 255, 2.5)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets import leaf
 from subfleet.datasets.federation import checked_number
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
@@ -66,7 +66,7 @@ class CelebA:
     def layout(self, source: Path) -> Layout:
         """Images of `size` x `size`, two classes."""
         del source  # The options say it all.
-        return Layout(NUM_CLASSES, (3, self.size, self.size), scale=PIXELS)
+        return Layout(NUM_CLASSES, (3, self.size, self.size), scale=SIGNED)
 
     def shards(self, source: Path) -> list[Shard]:
         """One shard for each list, which finds its faults, then some 500 images each.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets.archives import Folder, Unreadable, open_tree
 from subfleet.datasets.images import pool_rows
 from subfleet.datasets.pickles import BadPickle, load_pickle
@@ -79,7 +79,7 @@ class Cifar10:
 
     def layout(self, source: Path) -> Layout:
         """See `Reader`."""
-        return Layout(10, SHAPE, scale=PIXELS, natural=False, spread=True)
+        return Layout(10, SHAPE, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """See `Reader` and `read_batch`."""
@@ -108,7 +108,7 @@ class Cifar100:
     def layout(self, source: Path) -> Layout:
         """See `Reader`."""
         classes = 20 if self.coarse else 100
-        return Layout(classes, SHAPE, scale=PIXELS, natural=False, spread=True)
+        return Layout(classes, SHAPE, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """See `Reader` and `read_batch`."""

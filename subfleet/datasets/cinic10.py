@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets.archives import Folder
 from subfleet.datasets.images import checked_size, cut, is_image, read_images
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
@@ -79,7 +79,7 @@ class Cinic10:
     def layout(self, source: Path) -> Layout:
         """See `Reader`."""
         shape = (3, self.size, self.size)
-        return Layout(len(CLASSES), shape, scale=PIXELS, natural=False, spread=True)
+        return Layout(len(CLASSES), shape, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """The shard's images. Faults: "unknown label" by its folder, "unreadable image"."""

@@ -26,7 +26,6 @@ from subfleet.datasets.federation import (
 )
 from subfleet.datasets.memory import count_labels
 
-SIGNED = Scaling(2 / 255, -1.0)
 """Pixels from -1 to 1, in colour: plain SGD starts far better than from 0 to 1."""
 
 _AT_ONCE = 4096  # clients whose rows are labelled together

@@ -8,28 +8,20 @@ floats]], "y": [ints]}}}; x is 28 x 28 row by row in [0, 1], 1 is paper; y is
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from subfleet.core.errors import InputError
 from subfleet.core.scaling import INK
 from subfleet.datasets import leaf
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
-from subfleet.datasets.store import VERSION, Store, read_manifest
-from subfleet.datasets.writing import write_store
 
 NUM_CLASSES = 62
 SHAPE = (1, 28, 28)
 PIXELS = 784
-Progress = Callable[[str, int, int], None]
-_Parts = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # user -> (x, y) of train, of test
 
 
 @dataclass(frozen=True)
@@ -97,93 +89,3 @@ def _problem(row: Any) -> str:
             "scale the pixels or leave the sample out"
         )
     return ""
-
-
-def open_femnist(
-    source: str | Path,
-    cache: str | Path | None = None,
-    seed: int = 0,
-    split: str = "seeded",
-    progress: Progress | None = None,
-) -> Store:
-    """LEAF's FEMNIST from a folder: with `train/` and `test/`, or of JSON files, plain or gz.
-
-    A user's train and test samples are joined; `split` (see `Store`) parts them
-    again. In a folder of files those with "_test" in their name are the test
-    part. The first call reads the JSON (about a minute a million samples) into a
-    store in `cache`, by default $SUBFLEET_CACHE or ~/.cache/subfleet; later calls
-    take milliseconds, as long as no file's name, size or time changed.
-    `progress` is called with (what, done, total). InputError: see `Femnist`.
-    """
-    source = Path(source).expanduser()
-    files = Femnist().shards(source)
-    print_ = fingerprint(source, files)
-    path = cache_folder(cache) / f"femnist-{print_[:20]}"
-    try:
-        read_manifest(path)
-    except InputError:
-        _prepare(path, source, files, print_, progress)
-    return Store(path, seed, split)
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where prepared data are kept: `cache`, else $SUBFLEET_CACHE, else ~/.cache/subfleet."""
-    chosen = cache or os.environ.get("SUBFLEET_CACHE") or Path.home() / ".cache" / "subfleet"
-    return Path(chosen).expanduser().absolute()
-
-
-def fingerprint(source: Path, files: list[Shard]) -> str:
-    """A hash of the folder and of its files' names, sizes and times."""
-    facts: list[Any] = [VERSION, str(source.resolve())]
-    for file in files:
-        stat = file.path.stat()
-        facts.append([str(file.path), stat.st_size, stat.st_mtime_ns])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _prepare(
-    path: Path,
-    source: Path,
-    files: list[Shard],
-    print_: str,
-    progress: Progress | None,
-) -> None:
-    users: _Parts = {}
-    parts: dict[str, dict[bool, Path]] = {}
-    for number, file in enumerate(files):
-        if progress:
-            progress("read", number, len(files))
-        is_test = file.from_test
-        for name, x, y, _ in Femnist().read(file, Faults()):
-            seen = parts.setdefault(name, {})
-            if is_test in seen:
-                raise InputError(
-                    f"user {name!r} is in {seen[is_test]} and again in {file.path}, both of the "
-                    f"{'test' if is_test else 'train'} part; a user may be once in each part: "
-                    "remove one"
-                )
-            seen[is_test] = file.path
-            empty = (np.empty((0, *SHAPE), np.uint8), np.empty(0, np.int64))
-            users.setdefault(name, [empty, empty])[int(is_test)] = (x, y)
-    if progress:
-        progress("read", len(files), len(files))
-    if not users:
-        raise InputError(f"{source} has no users in its {len(files)} files; give LEAF's output")
-    facts = {"folder": str(source.resolve()), "files": len(files), "fingerprint": print_}
-    write_store(
-        path,
-        _joined(users, progress),
-        name="femnist",
-        layout=Femnist().layout(source),
-        source=facts,
-    )
-
-
-def _joined(users: _Parts, progress: Progress | None) -> Iterator[ClientRows]:
-    for number, name in enumerate(sorted(users)):
-        (x_train, y_train), (x_test, y_test) = users[name]
-        from_test = np.repeat([False, True], [len(y_train), len(y_test)])
-        x, y = np.concatenate([x_train, x_test]), np.concatenate([y_train, y_test])
-        yield ClientRows(name, x, y, from_test)
-        if progress:
-            progress("write", number + 1, len(users))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets.archives import Folder, is_inside
 from subfleet.datasets.images import (
     PER_SHARD,
@@ -84,7 +84,7 @@ class MiniImagenet:
         """See `Reader`."""
         classes = self._classes(self._files(source))
         shape = (3, self.size, self.size)
-        return Layout(len(classes), shape, scale=PIXELS, natural=False, spread=True)
+        return Layout(len(classes), shape, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """The shard's rows.

@@ -99,6 +99,21 @@ class Partitioned:
         return self.pool.scale
 
     @property
+    def stored(self) -> bool:
+        """Whether the pool's rows lie on disk, and can be streamed from there."""
+        return getattr(self.pool, "stored", False)
+
+    @property
+    def vocabulary(self) -> int:
+        """The pool's: tokens run from 0 to this, exclusive; 0 for what is none."""
+        return getattr(self.pool, "vocabulary", 0)
+
+    @property
+    def embedding(self) -> np.ndarray | None:
+        """The pool's vector for each token, where it has them."""
+        return getattr(self.pool, "embedding", None)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options of the partition's kind, by the names its generator has for them."""
         given = {

@@ -25,7 +25,14 @@ import numpy as np
 from subfleet.core.errors import InputError
 from subfleet.datasets import leaf
 from subfleet.datasets.federation import checked_number
-from subfleet.datasets.glove import PADDING, SPECIAL, UNKNOWN, read_tokens
+from subfleet.datasets.glove import (
+    PADDING,
+    SPECIAL,
+    UNKNOWN,
+    embedding,
+    read_glove,
+    read_tokens,
+)
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
 
 NUM_CLASSES = 2
@@ -79,6 +86,10 @@ class Sent140:
                 "raw_data/; give the publisher's CSV or LEAF's JSON"
             )
         return found
+
+    def embedding(self) -> np.ndarray | None:
+        """The word vectors of `glove`, float32 [vocabulary, size]; zeros for the first two."""
+        return embedding(*read_glove(Path(self.glove))) if self.glove else None
 
     def layout(self, source: Path) -> Layout:
         """Token ids of two classes; in CSV a user's rows lie anywhere."""

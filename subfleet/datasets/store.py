@@ -71,12 +71,16 @@ class Store:
         self.input_shape: tuple[int, ...] = tuple(self.manifest["input_shape"])
         self.scale = Scaling(*self.manifest["scale"])
         self.num_rows: int = self.manifest["rows"]
+        self.vocabulary: int = self.manifest.get("vocabulary", 0)  # of tokens; 0 for what is none
 
     @property
     def fingerprint(self) -> str:
         """A digest (sha256, hexadecimal) of the clients and their rows, wherever they came from."""
         text = json.dumps(self.manifest["files"], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    stored = True
+    """Rows lie on disk, and can be streamed from there."""
 
     def __reduce__(self) -> tuple:
         shares = {"test_share": self.test_share, "val_share": self.val_share}
@@ -86,6 +90,12 @@ class Store:
     def client_names(self) -> list[str]:
         """The clients' names in the source, in the order of their numbers."""
         return json.loads((self.path / "clients.json").read_text())
+
+    @functools.cached_property
+    def embedding(self) -> np.ndarray | None:
+        """A vector for each token, float32 [vocabulary, size], where the data come with them."""
+        file = self.path / "embedding.npy"
+        return np.load(file, mmap_mode="r") if file.exists() else None
 
     @functools.cached_property
     def dropped(self) -> list[str]:
@@ -168,7 +178,11 @@ class Store:
         """How the clients' rows are parted, as plain JSON; `warnings` are for the user."""
         facts = self._parts.report()
         lone, none = facts["clients_without_test"], facts["rows_in_no_part"]
-        warnings = []
+        warnings = list(self.manifest.get("found", {}).get("warnings", []))
+        counts = self.manifest.get("found", {}).get("counts", {})
+        warnings += [f"left out when prepared: {n} x {kind}" for kind, n in counts.items()]
+        if self.dropped and self.manifest.get("natural", True):
+            warnings.append(f"{len(self.dropped)} clients with one row or none are left out")
         if lone and self.test_share > 0:
             warnings.append(
                 f"{lone} of {self.num_clients} clients have too few rows to test and only train"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets.archives import Tree, Unreadable, is_inside, open_tree
 from subfleet.datasets.images import checked_size, cut, is_image, read_images
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
@@ -77,7 +77,7 @@ class TinyImagenet:
         path, prefix = _locate(source)
         shape = (3, self.size, self.size)
         classes = len(_wnids(open_tree(path), prefix, path))
-        return Layout(classes, shape, scale=PIXELS, natural=False, spread=True)
+        return Layout(classes, shape, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """The shard's images.

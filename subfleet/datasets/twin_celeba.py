@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from subfleet.core.scaling import SIGNED
 from subfleet.core.seeds import generator
-from subfleet.datasets.drawn import SIGNED, Drawn, Rows
+from subfleet.datasets.drawn import Drawn, Rows
 from subfleet.datasets.draws import uniforms
 from subfleet.datasets.federation import checked_number
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.scaling import SIGNED
 from subfleet.core.seeds import generator
-from subfleet.datasets.drawn import SIGNED
 from subfleet.datasets.draws import stream_key, uniforms
 from subfleet.datasets.federation import checked_number
 
@@ -89,13 +89,26 @@ class SyntheticImages:
         self.num_train, self.num_test, self.variation = train, test, variation
 
     @classmethod
-    def like(cls, preset: str, seed: int = 0, **options: Any) -> SyntheticImages:
-        """The twin of one of `PRESETS`; `options` replace its measures."""
+    def like(
+        cls,
+        preset: str,
+        seed: int = 0,
+        *,
+        num_classes: int | None = None,
+        size: int | None = None,
+        train: int | None = None,
+        test: int | None = None,
+        variation: float = 1.0,
+    ) -> SyntheticImages:
+        """Textured shapes in place of a published set; give other measures to replace its own."""
         if preset not in PRESETS:
             raise InputError(
                 f"no synthetic images like {preset!r}; {did_you_mean(preset, PRESETS)}"
             )
-        return cls(f"synthetic_{preset}", **PRESETS[preset]._asdict() | options, seed=seed)
+        given = {"num_classes": num_classes, "size": size, "train": train, "test": test}
+        replaced = {name: value for name, value in given.items() if value is not None}
+        measures = PRESETS[preset]._asdict() | replaced
+        return cls(f"synthetic_{preset}", **measures, seed=seed, variation=variation)
 
     def _options(self) -> dict[str, Any]:
         channels, size, _ = self.input_shape

@@ -8,15 +8,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.core.scaling import Scaling
 from subfleet.datasets.federation import offsets_of
-from subfleet.datasets.reader import ClientRows
+from subfleet.datasets.reader import ClientRows, Layout
 from subfleet.datasets.store import VERSION, read_manifest
 
 _BATCH_BYTES = 64 << 20
@@ -27,34 +27,53 @@ def write_store(
     clients: Iterable[ClientRows],
     *,
     name: str,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    scale: Scaling,
+    layout: Layout,
     source: dict,
+    found: dict | None = None,
+    embedding: np.ndarray | None = None,
 ) -> None:
     """Writes a store as a whole or not at all: into a folder beside `path`, then renamed.
 
-    Clients are numbered in the order given; one with fewer than 2 rows is left out
-    and named in the manifest under "dropped". InputError: no client is left, or
-    the folder cannot be written. RunFailed: the disk is full.
+    Clients are numbered in the order given; one with fewer than 2 rows is left out,
+    counted in the manifest and named in `dropped.json`. `source` and `found` (what
+    was left out or warned of) go into the manifest as they are; `embedding` holds a
+    vector for each token, float32 [vocabulary, size]. InputError: no client is left,
+    or the folder cannot be written. RunFailed: the disk is full.
     """
     path = Path(path)
     folder = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
+    with disk_errors(path), swept(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        counts = _write_files(folder, clients, num_classes, input_shape)
+        counts = _write_files(folder, clients, layout)
+        if embedding is not None:
+            np.save(folder / "embedding.npy", embedding)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(folder.iterdir())
         }
-        manifest = {"version": VERSION, "name": name, **counts, "num_classes": num_classes}
-        manifest |= {"input_shape": list(input_shape), "scale": list(scale)}
-        manifest |= {"source": source, "files": files}
+        manifest = {"version": VERSION, "name": name, **counts, **_described(layout)}
+        manifest |= {"source": source, "found": found or {}, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in [*folder.iterdir(), folder]:
             _sync(file)
         _put_in_place(folder, path)
+
+
+@contextmanager
+def swept(folder: Path) -> Iterator[None]:
+    """Removes `folder` in the end, whatever happened."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """RunFailed for a full disk, InputError where `path` cannot be written."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailed(
@@ -64,13 +83,16 @@ def write_store(
         raise InputError(
             f"{path} cannot be written ({error}); set SUBFLEET_CACHE to a folder that can"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_files(
-    folder: Path, clients: Iterable[ClientRows], num_classes: int, input_shape: tuple[int, ...]
-) -> dict:
+def _described(layout: Layout) -> dict:
+    """What a manifest says of the rows."""
+    kept = vars(layout).items()
+    facts = {key: value for key, value in kept if key not in ("dtype", "spread")}
+    return facts | {"input_shape": list(layout.input_shape), "scale": list(layout.scale)}
+
+
+def _write_files(folder: Path, clients: Iterable[ClientRows], layout: Layout) -> dict:
     """Writes all files but the manifest; returns its counts."""
     names: list[str] = []
     dropped: list[str] = []
@@ -79,15 +101,15 @@ def _write_files(
 
     def kept() -> Iterator[ClientRows]:
         for client in clients:
-            if len(client.y) < 2:
+            if layout.natural and len(client.y) < 2:
                 dropped.append(client.name)
                 continue
             names.append(client.name)
             sizes.append(len(client.y))
-            histograms.append(np.bincount(client.y, minlength=num_classes))
+            histograms.append(np.bincount(client.y, minlength=layout.num_classes))
             yield client
 
-    _write_rows(folder / "rows.arrow", kept(), int(np.prod(input_shape)))
+    _write_rows(folder / "rows.arrow", kept(), int(np.prod(layout.input_shape)))
     if not names:
         raise InputError(
             f"none of the {len(dropped)} users has 2 samples, so none can be split; "
@@ -98,7 +120,8 @@ def _write_files(
     np.save(folder / "labels.npy", histogram.astype(smallest))
     np.save(folder / "offsets.npy", offsets_of(np.array(sizes)))
     (folder / "clients.json").write_text(json.dumps(names))
-    return {"clients": len(names), "rows": sum(sizes), "dropped": dropped}
+    (folder / "dropped.json").write_text(json.dumps(dropped))
+    return {"clients": len(names), "rows": sum(sizes), "dropped": len(dropped)}
 
 
 def _write_rows(file: Path, clients: Iterable[ClientRows], width: int) -> None:
@@ -149,6 +172,16 @@ def repeats(x: np.ndarray) -> np.ndarray:
     keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     return first[which].astype(np.int32)
+
+
+def verify_store(path: Path) -> None:
+    """InputError unless every file of the store has the sum that its manifest says."""
+    for name, facts in read_manifest(path)["files"].items():
+        found = _sha256(path / name)
+        if found != facts["sha256"]:
+            raise InputError(
+                f"{path / name} has sha256 {found}, not {facts['sha256']}; prepare the data again"
+            )
 
 
 def _sha256(file: Path) -> str:

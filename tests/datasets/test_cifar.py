@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from subfleet.core.errors import InputError
-from subfleet.core.scaling import PIXELS
+from subfleet.core.scaling import SIGNED
 from subfleet.datasets.cifar import FILES_10, FILES_100, Cifar10, Cifar100
 from subfleet.datasets.reader import Faults, Reader
 
@@ -75,7 +75,7 @@ def write(folder, batches):
 def test_layout_and_pixels(tmp_path):
     write(tmp_path, {"data_batch_2": GOOD, "test_batch": GOOD})
     layout = Cifar10().layout(tmp_path)
-    assert (layout.num_classes, layout.input_shape, layout.scale) == (10, (3, 32, 32), PIXELS)
+    assert (layout.num_classes, layout.input_shape, layout.scale) == (10, (3, 32, 32), SIGNED)
     assert layout.spread and not layout.natural and layout.dtype == "uint8"
     x, y, from_test = read(Cifar10(), tmp_path)
     assert y.tolist() == [0, 9, 3] * 2 and from_test.tolist() == [False] * 3 + [True] * 3

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from subfleet.core.errors import InputError
-from subfleet.datasets import open_femnist
-from subfleet.datasets.femnist import Femnist, cache_folder
+from subfleet.datasets import Store
+from subfleet.datasets.femnist import Femnist
+from subfleet.datasets.published import cache_folder, open_set
 from subfleet.datasets.reader import Faults
 
 IMAGE = [1.0] * 392 + [0.0] * 391 + [3 / 255]
@@ -50,13 +51,20 @@ def test_the_reader_on_the_real_sample(real_data):
     assert (layout.num_classes, layout.natural, layout.spread) == (62, True, False)
 
 
+def opened(source, cache, **options) -> Store:
+    """FEMNIST as `[data]` opens it."""
+    data = open_set(Femnist(), str(source), cache=str(cache), **options)
+    assert isinstance(data, Store)
+    return data
+
+
 @pytest.fixture(scope="module")
 def sample(real_data, tmp_path_factory):
     return real_data / "femnist", tmp_path_factory.mktemp("cache")
 
 
 def test_the_real_sample(sample):
-    data = open_femnist(*sample)
+    data = opened(*sample)
     ids = np.arange(data.num_clients)
     block = data.block(ids, "all")
     assert (data.num_clients, data.num_classes, len(block.y)) == (89, 62, 12_441 + 1_425)
@@ -69,7 +77,7 @@ def test_the_real_sample(sample):
 
 @pytest.mark.parametrize("split", ["seeded", "leaf"])
 def test_repeats_in_the_real_sample_stay_on_one_side(sample, split):
-    data = open_femnist(*sample, split=split)
+    data = opened(*sample, split=split)
     repeated = 0
     for client in range(data.num_clients):
         train, test = (data.block(np.array([client]), part) for part in ("train", "test"))
@@ -84,10 +92,10 @@ def test_repeats_in_the_real_sample_stay_on_one_side(sample, split):
 
 
 def test_the_second_opening_takes_milliseconds(sample):
-    open_femnist(*sample)
+    opened(*sample)
     calls = []
     start = time.perf_counter()
-    open_femnist(*sample, progress=lambda *call: calls.append(call))
+    opened(*sample, progress=lambda *call: calls.append(call))
     assert time.perf_counter() - start < 0.2 and calls == []
 
 
@@ -106,7 +114,7 @@ def place(tmp_path):
 @pytest.mark.parametrize("name", ["all_data_0.json", "all_data_0.json.gz"])
 def test_a_folder_of_files_and_exact_pixels(place, name):
     _write(place[0], GOOD, name)
-    data = open_femnist(*place)
+    data = opened(*place)
     assert data.client_names == ["a", "b"]
     block = data.block(np.array([0]), "all")
     assert block.y.tolist() == [0, 61]
@@ -119,7 +127,7 @@ def test_train_and_test_files_are_joined(place):
     _write(place[0] / "train", GOOD)
     _write(place[0] / "test", test)
     calls = []
-    data = open_femnist(*place, split="leaf", progress=lambda *call: calls.append(call))
+    data = opened(*place, split="leaf", progress=lambda *call: calls.append(call))
     assert data.client_names == ["a", "b"] and data.dropped == ["c"]
     assert data.block(np.array([0]), "test").y.tolist() == [7]
     assert calls[0] == ("read", 0, 2) and calls[-1] == ("write", 3, 3)
@@ -132,23 +140,23 @@ def test_test_files_beside_train_files_are_told_by_their_names(place):
         {"users": ["a"], "user_data": {"a": {"x": [[0.2] * 784], "y": [7]}}},
         "x_test_9.json",
     )
-    assert open_femnist(*place, split="leaf").block(np.array([0]), "test").y.tolist() == [7]
+    assert opened(*place, split="leaf").block(np.array([0]), "test").y.tolist() == [7]
 
 
 def test_a_changed_source_is_read_again(place):
     _write(place[0], GOOD)
-    assert open_femnist(*place).num_clients == 2
+    assert opened(*place).num_clients == 2
     less = copy.deepcopy(GOOD)
     less["users"] = ["b"]
     _write(place[0], less)
-    assert open_femnist(*place).num_clients == 1
+    assert opened(*place).num_clients == 1
 
 
 def test_a_damaged_cache_is_made_again(place):
     _write(place[0], GOOD)
-    path = open_femnist(*place).path
+    path = opened(*place).path
     os.truncate(path / "rows.arrow", 100)
-    assert open_femnist(*place).block(np.array([0]), "all").y.tolist() == [0, 61]
+    assert opened(*place).block(np.array([0]), "all").y.tolist() == [0, 61]
 
 
 def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
@@ -218,7 +226,7 @@ def test_a_user_without_a_sound_row_is_left_out(place):
 
 BAD_FILES = {
     "cut": (json.dumps(GOOD).encode()[:900], r"all_data_0\.json is no whole JSON .* cut short"),
-    "no users": ({"users": [], "user_data": {}}, "has no users"),
+    "no users": ({"users": [], "user_data": {}}, "has no rows that can be used"),
     "empty": (
         _changed(lambda d: d["user_data"].update(b={"x": [], "y": []})),
         "user 'b' has no samples",
@@ -236,7 +244,7 @@ def test_bad_files_are_input_errors_and_leave_nothing(place, case):
     content, message = BAD_FILES[case]
     _write(place[0], content)
     with pytest.raises(InputError, match=message):
-        open_femnist(*place)
+        opened(*place)
     assert not place[1].exists() or list(place[1].iterdir()) == []
 
 
@@ -244,15 +252,15 @@ def test_a_user_twice_in_one_part_is_an_input_error(place):
     _write(place[0] / "train", GOOD, "0.json")
     _write(place[0] / "train", GOOD, "1.json")
     with pytest.raises(InputError, match=r"user '[ab]' is in .*0\.json and again in .*1\.json"):
-        open_femnist(*place)
+        opened(*place)
 
 
 def test_wrong_folders_are_input_errors(place):
-    with pytest.raises(InputError, match=r"data folder .* does not exist"):
-        open_femnist(*place)
+    with pytest.raises(InputError, match=r"data.source = .* does not exist"):
+        opened(*place)
     place[0].mkdir()
     with pytest.raises(InputError, match=r"has no \.json"):
-        open_femnist(*place)
+        opened(*place)
 
 
 def test_a_cache_that_cannot_be_written_is_an_input_error(place, tmp_path):
@@ -260,4 +268,4 @@ def test_a_cache_that_cannot_be_written_is_an_input_error(place, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match=r"cannot be written .* SUBFLEET_CACHE"):
-        open_femnist(place[0], blocked)
+        opened(place[0], blocked)

@@ -9,10 +9,10 @@ import torch
 
 from subfleet.core.errors import InputError
 from subfleet.datasets import Federation
+from subfleet.datasets.census import census
 from subfleet.datasets.drawn import spread, weibull
 from subfleet.datasets.draws import stream_key
 from subfleet.datasets.shakespeare import ALPHABET
-from subfleet.datasets.statistics import statistics
 from subfleet.datasets.synthetic import TABLE_1, SyntheticFemnist
 from subfleet.datasets.twin_celeba import SyntheticCelebA
 from subfleet.datasets.twin_sent140 import PADDING, SyntheticSent140
@@ -37,7 +37,7 @@ each_twin = pytest.mark.parametrize("data", TWINS.values(), ids=TWINS.keys())
     ids=["femnist", "celeba", "shakespeare", "sent140"],
 )
 def test_the_defaults_are_adds_table_1(data, clients, mean, sd, present, least, most):
-    facts = statistics(data)
+    facts = census(data)
     assert facts["clients"] == clients
     assert abs(facts["mean"] / mean - 1) < 0.01 and abs(facts["sd"] / sd - 1) < 0.05
     assert (facts["classes_present"], facts["classes_min"], facts["classes_max"]) == (
