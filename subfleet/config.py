@@ -238,11 +238,19 @@ class RunTable(Table):
         ge=0,
         description="set how many average clients one bundle may cost; 0 is automatic",
     )
+    stream: bool | None = Field(
+        default=None,
+        description="say whether Ray Data streams the rows to the hosts, or hosts read them; "
+        "left out, what is on disk is streamed",
+    )
 
 
 # What may differ between two runs that must give the same bits...
 NOT_OF_THE_RESULT = frozenset(
-    {"run.hosts", "run.checkpoint_every", "run.keep_checkpoints", "run.max_seconds"}
+    {
+        *("run.hosts", "run.stream", "run.max_seconds"),
+        *("run.checkpoint_every", "run.keep_checkpoints"),
+    }
 )
 # ... and what only says when a run ends, not what its rounds are.
 WHEN_TO_STOP = frozenset({"run.rounds", "run.target_accuracy"})

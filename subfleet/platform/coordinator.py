@@ -10,6 +10,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
+from subfleet.datasets.stream import CohortStream
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import Observer
@@ -66,7 +67,8 @@ class Coordinator:
         self._events = _Events()
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
-        self._rounds = Rounds(job, RayExecutor(hosts, device), folder, watching)
+        stream = CohortStream(job.federation) if job.streams else None
+        self._rounds = Rounds(job, RayExecutor(hosts, device, stream=stream), folder, watching)
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left; returns the summary, nothing when told to stop."""

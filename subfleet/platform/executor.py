@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import shorten
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ import torch
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.program import Params
 from subfleet.datasets.federation import Federation
-from subfleet.platform.bundles import Bundle, BundleResult
+from subfleet.datasets.stream import CohortStream
+from subfleet.datasets.tables import Upcoming
+from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle
 from subfleet.platform.engine import Work
 from subfleet.platform.retry import Decision, decide
 from subfleet.platform.worker import Worker
@@ -36,6 +38,10 @@ class Executor(Protocol):
     @property
     def device(self) -> str:
         """Where clients train: "cpu" or "cuda"."""
+        ...
+
+    def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
+        """Says which rows the rounds `first` to `last` will read, so that they can come early."""
         ...
 
     def run(
@@ -66,6 +72,9 @@ class InlineExecutor:
         self.device = device
         self.retries = 0
         self._workers = [Worker(work, federation, device) for _ in range(workers)]
+
+    def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
+        """Nothing to do: workers read where the data lie."""
 
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
@@ -118,12 +127,24 @@ class RayExecutor:
     that costs nothing, whether it is up again.
     """
 
-    def __init__(self, hosts: Sequence[Any], device: str = "cpu", patience_s: float = PATIENCE_S):
+    def __init__(
+        self,
+        hosts: Sequence[Any],
+        device: str = "cpu",
+        patience_s: float = PATIENCE_S,
+        stream: CohortStream | None = None,
+    ):
         self.device = device
         self.retries = 0
         self._hosts = [_Host(actor) for actor in hosts]
         self._patience_s = patience_s
+        self._stream = stream
         self._puts: list[tuple[Params, Any]] = []  # trees put last, so that none is put twice
+
+    def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
+        """Starts the stream of rows, where there is one."""
+        if self._stream is not None:
+            self._stream.begin(upcoming, first, last)
 
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
@@ -144,7 +165,9 @@ class RayExecutor:
             while waiting and (host := self._free()) is not None:
                 bundle = waiting.popleft()
                 attempts[bundle.number] += 1
-                flying[host.actor.run.remote(bundle, versions, *refs)] = (bundle, host)
+                parts, tables = self._rows_of(bundle, attempts[bundle.number])
+                call = host.actor.run.remote(bundle, versions, parts, *refs, *tables)
+                flying[call] = (bundle, host)
                 host.load += 1
             for ref in self._ended(flying):
                 bundle, host = flying.pop(ref)
@@ -156,6 +179,20 @@ class RayExecutor:
                     waiting.appendleft(bundle)
                 else:
                     yield result
+
+    def _rows_of(self, bundle: Bundle, attempt: int) -> tuple[list[str], list[Any]]:
+        """The streamed rows of a bundle: tables and the part of each.
+
+        A second attempt reads for itself: what was streamed may be lost with a node.
+        """
+        if self._stream is None or attempt > 1 or not isinstance(bundle, TrainBundle):
+            return [], []
+        found = [
+            (part, table)
+            for part in self._stream.parts(bundle.round)
+            for table in self._stream.blocks(bundle.round, bundle.ids, part)
+        ]
+        return [part for part, _ in found], [table for _, table in found]
 
     def _free(self) -> _Host | None:
         """The host that answers and has least at hand, if it can take one more bundle."""
@@ -226,8 +263,10 @@ class RayExecutor:
         return refs
 
     def close(self) -> None:
-        """Forgets the trees; the hosts belong to whoever started them."""
+        """Forgets the trees and the rows; the hosts belong to whoever started them."""
         self._puts = []
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _is_loss(error: Exception) -> bool:

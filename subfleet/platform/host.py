@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 import ray
 
 from subfleet.datasets.federation import Federation
@@ -30,11 +29,19 @@ class ClientHost:
         return os.getpid()
 
     def run(
-        self, bundle: Bundle, versions: list[int], *trees: dict[str, np.ndarray]
+        self, bundle: Bundle, versions: list[int], parts: list[str], *objects: Any
     ) -> BundleResult:
-        """Runs one bundle on the trees it names."""
+        """Runs one bundle on the trees it names and the tables of its rows.
+
+        `objects`: a tree for each of `versions`, then a table for each of `parts`. Ray
+        fetches arguments, but not references inside a list.
+        """
+        trees, tables = objects[: len(versions)], objects[len(versions) :]
         shared = {v: as_tensors(tree) for v, tree in zip(versions, trees, strict=True)}
-        return self.worker.run(bundle, shared)
+        by_part: dict[str, list[Any]] = {}
+        for part, table in zip(parts, tables, strict=True):
+            by_part.setdefault(part, []).append(table)
+        return self.worker.run(bundle, shared, by_part)
 
 
 def start_hosts(

@@ -27,6 +27,7 @@ class RunOptions:
     max_seconds: float | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     bundle_clients: int = 0
+    stream: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Job:
     config: dict[str, Any]
     fingerprint: str
     record: EngineRecord = field(default_factory=EngineRecord)
+
+    @property
+    def streams(self) -> bool:
+        """Whether Ray Data streams the rows; left open, it does where they are `stored`."""
+        stored = bool(getattr(self.federation, "stored", False))
+        return stored if self.options.stream is None else self.options.stream
 
     def __post_init__(self) -> None:
         training = len(split_clients(self.work.seed, self.federation.num_clients)[0])

@@ -31,14 +31,18 @@ class Roster:
         """Tier names by index."""
         return [tier.name for tier in self._job.fleet.tiers]
 
-    def cohort(self, phase: Phase, round: int) -> Cohort:
-        """The clients of a round: a function of the seed, the round and who is eligible."""
+    def drawn(self, phase: Phase, round: int) -> np.ndarray:
+        """Who trains in a round, in order: a function of the seed, the round and who may."""
         pool = self._pool(phase.eligible)
         size = self._job.options.cohort
         if phase.fraction is not None:
             size = max(1, int(phase.fraction * len(pool) + 0.5))
         generator = seeds.generator(self._seed, "cohort", round=round)
-        ids = np.sort(pool[generator.choice(len(pool), min(size, len(pool)), replace=False)])
+        return np.sort(pool[generator.choice(len(pool), min(size, len(pool)), replace=False)])
+
+    def cohort(self, phase: Phase, round: int) -> Cohort:
+        """The clients of a round, and what is known of each."""
+        ids = self.drawn(phase, round)
         federation = self._job.federation
         return Cohort(
             id=ids,

@@ -20,11 +20,12 @@ from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.program import ClientTask, RunProgram
+from subfleet.datasets.tables import Upcoming
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.clock import PhaseClock
-from subfleet.platform.engine import SKIPPED
+from subfleet.platform.engine import SKIPPED, parts_needed
 from subfleet.platform.executor import Executor
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
@@ -89,6 +90,7 @@ class Rounds:
             clients.truncate(self.done)
             self._write_record()
             self._tell_start()
+            self.executor.expect(self._upcoming, self.done + 1, self.options.rounds)
             reached = self._reached(metrics.read()[-1]) if self.done else False
             try:
                 late = self._loop(metrics, clients, started, reached)
@@ -206,6 +208,14 @@ class Rounds:
             self._remember(round, bundles, results)
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
+
+    def _upcoming(self, round: int) -> Upcoming:
+        """What the clients of a round will read, those of a tier, and so of a bundle, together."""
+        phase = self.algorithm.phase(round)
+        ids = self.roster.drawn(phase, round)
+        tier = self.job.fleet.tier_of[ids]
+        parts = parts_needed(phase.program, self._evaluation_due(round))
+        return Upcoming(ids[np.argsort(tier, kind="stable")], tuple(sorted(parts)))
 
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool

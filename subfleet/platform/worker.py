@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
+import numpy as np
+import pyarrow as pa
+
 from subfleet.core.program import Params
-from subfleet.datasets.federation import Federation
+from subfleet.datasets.federation import Block, Federation
+from subfleet.datasets.tables import to_block
 from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle
 from subfleet.platform.engine import Engine, Work, parts_needed
 
@@ -19,8 +23,16 @@ class Worker:
         self.federation = federation
         self.engine = Engine(work, device)
 
-    def run(self, bundle: Bundle, shared: Mapping[int, Params]) -> BundleResult:
-        """Runs one bundle; the same bundle gives the same bits, here or elsewhere."""
+    def run(
+        self,
+        bundle: Bundle,
+        shared: Mapping[int, Params],
+        tables: Mapping[str, Sequence[pa.Table]] | None = None,
+    ) -> BundleResult:
+        """Runs one bundle; the same bundle gives the same bits, here or elsewhere.
+
+        `tables` hold the rows of its clients by part; what is not there is read here.
+        """
         started = perf_counter()
         algorithm = self.engine.work.algorithm
         if isinstance(bundle, TrainBundle):
@@ -28,10 +40,16 @@ class Worker:
         else:
             adapts = algorithm.evaluation.adapts
             parts = {bundle.part} | ({"train"} if adapts else set())
-        blocks = {part: self.federation.block(bundle.ids, part) for part in sorted(parts)}
+        came = tables or {}
+        blocks = {part: self._block(bundle.ids, part, came.get(part)) for part in sorted(parts)}
         read = perf_counter() - started
         if isinstance(bundle, TrainBundle):
             result = self.engine.train(bundle, blocks, shared)
         else:
             result = self.engine.evaluate(bundle, blocks, shared)
         return replace(result, seconds=result.seconds | {"read": read})
+
+    def _block(self, ids: np.ndarray, part: str, tables: Sequence[pa.Table] | None) -> Block:
+        if tables:
+            return to_block(tables, ids, self.federation.input_shape)
+        return self.federation.block(ids, part)

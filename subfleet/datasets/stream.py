@@ -1,0 +1,221 @@
+"""Ray Data streams the cohorts' rows to the hosts, a window of rounds ahead of the training.
+
+Who trains in which round is known from the seed, so the rows of many rounds are
+read by one execution of Ray Data, in cohort order, while earlier ones train. An
+execution costs a good part of a second to start, and its scheduler keeps a core
+busy while it waits; so a window is as long as its share of the object store
+allows, and is read in one go. Two windows are held at most: memory is bounded,
+whatever the size of the data set.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from threading import Condition, Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.datasets.federation import Federation, offsets_of
+from subfleet.datasets.tables import Upcoming, to_table
+
+BLOCK_BYTES = 16 << 20  # less, and a block's task costs more than its copy; more delays the first
+SHARE = 0.1  # of the object store's memory, for one window
+
+
+class _Piece(NamedTuple):
+    """One block: neighbours of a cohort, one part of their rows."""
+
+    round: int
+    part: str
+    ids: np.ndarray
+    rows: int
+
+
+class CohortStream:
+    """Blocks of the rounds to come, as references that the calling process owns.
+
+    `budget` bytes are what a window of rounds may hold; by default a tenth of the
+    object store. A round larger than that is a window of its own.
+    """
+
+    def __init__(self, data: Federation, budget: int | None = None):
+        self._data = data
+        self._budget = budget
+        self._change = Condition()
+        self._blocks: dict[tuple[int, str], list[tuple[_Piece, Any]]] = {}
+        self._held: dict[int, int] = {}  # bytes of each round that is here or on its way
+        self._wanted = 0  # the round that trains
+        self._error: BaseException | None = None
+        self._closed = False
+        self._parts: Callable[[int], tuple[str, ...]] = lambda round: ()
+
+    def begin(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
+        """Starts to read the rounds `first` to `last`; `upcoming` must be a pure function."""
+        self._wanted = first
+        self._parts = functools.lru_cache(maxsize=4)(lambda round: upcoming(round).parts)
+        work = (upcoming, first, last)
+        Thread(target=self._run, args=work, name="cohort stream", daemon=True).start()
+
+    def parts(self, round: int) -> tuple[str, ...]:
+        """The parts of a round that are streamed; none before `begin`."""
+        return self._parts(round)
+
+    def blocks(self, round: int, ids: np.ndarray, part: str) -> list[Any]:
+        """References of the tables that hold `ids`' rows of `part`; waits until they are read.
+
+        None where there are no rows at all. Raises what the reading raised;
+        `RunFailed` where it was not our own error.
+        """
+        with self._change:
+            self._wanted = max(self._wanted, round)
+            for old in [key for key in self._blocks if key[0] < self._wanted]:
+                del self._blocks[old]
+            self._held = {r: size for r, size in self._held.items() if r >= self._wanted}
+            self._change.notify_all()
+            while True:
+                if self._error is not None:
+                    raise self._error
+                here = self._blocks.get((round, part), [])
+                found = [(piece, ref) for piece, ref in here if np.isin(ids, piece.ids).any()]
+                if sum(np.isin(piece.ids, ids).sum() for piece, _ in found) == len(ids):
+                    return [ref for piece, ref in found if piece.rows]
+                if self._closed:
+                    raise RunFailed("the data stream was closed while a round was being read")
+                self._change.wait(1.0)
+
+    def close(self) -> None:
+        """Lets all blocks go; what is being read ends by itself."""
+        with self._change:
+            self._closed = True
+            self._blocks.clear()
+            self._change.notify_all()
+
+    # --- the reading thread ----------------------------------------------------------------------
+
+    def _run(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
+        try:
+            for window, size in self._windows(upcoming, first, last):
+                if not self._room(window, size):
+                    return
+                self._read(window)
+        except BaseException as error:  # the rounds' own thread raises it
+            with self._change:
+                self._error = _own(error)
+                self._change.notify_all()
+
+    def _windows(
+        self, upcoming: Callable[[int], Upcoming], first: int, last: int
+    ) -> Iterator[tuple[list[_Piece], int]]:
+        """The pieces of as many rounds as the budget holds, and their bytes."""
+        window: list[_Piece] = []
+        held = 0
+        for round in range(first, last + 1):
+            pieces = list(self._pieces(round, upcoming(round)))
+            size = sum(piece.rows for piece in pieces) * self._row_bytes
+            if window and held + size > self._window_bytes:
+                yield window, held
+                window, held = [], 0
+            window, held = window + pieces, held + size
+        if window:
+            yield window, held
+
+    def _pieces(self, round: int, need: Upcoming) -> Iterator[_Piece]:
+        for part in need.parts:
+            sizes = self._data.sizes(need.ids, part)
+            place = offsets_of(sizes)[:-1] * self._row_bytes // BLOCK_BYTES
+            cuts = np.flatnonzero(np.diff(place)) + 1
+            rows = [int(some.sum()) for some in np.split(sizes, cuts)]
+            for ids, count in zip(np.split(need.ids, cuts), rows, strict=True):
+                yield _Piece(round, part, ids, count)
+
+    @property
+    def _row_bytes(self) -> int:
+        dtype = self._data.block(np.empty(0, np.int64), "train").x.dtype
+        return int(np.prod(self._data.input_shape)) * dtype.itemsize + 16
+
+    @property
+    def _window_bytes(self) -> int:
+        if self._budget is None:
+            import ray
+
+            total = ray.cluster_resources().get("object_store_memory", 0.0)
+            self._budget = max(BLOCK_BYTES, int(SHARE * total))
+        return self._budget
+
+    def _room(self, window: list[_Piece], size: int) -> bool:
+        """Waits until the window may be held beside the one that trains; False once closed."""
+        rounds = sorted({piece.round for piece in window})
+        with self._change:
+            while sum(self._held.values()) > self._window_bytes and not self._closed:
+                self._change.wait()
+            self._held |= dict.fromkeys(rounds, size // len(rounds))
+            return not self._closed
+
+    def _read(self, window: Sequence[_Piece]) -> None:
+        """One execution of Ray Data: a task and a block for each piece, in order."""
+        # Ray Data drops blocks without rows.
+        full = [piece for piece in window if piece.rows]
+        for piece in window:
+            if not piece.rows:
+                self._arrived(piece, None)
+        for piece, (ref, rows) in zip(full, _blocks_of(self._data, full), strict=True):
+            if rows != piece.rows:
+                raise RunFailed(
+                    f"round {piece.round}: Ray Data handed over {rows} rows, where "
+                    f"{piece.rows} were to be read; set run.stream = false"
+                )
+            if not self._arrived(piece, ref):
+                return
+
+    def _arrived(self, piece: _Piece, ref: Any) -> bool:
+        """Hands a block to whoever waits; False once closed."""
+        with self._change:
+            if piece.round >= self._wanted and not self._closed:
+                self._blocks.setdefault((piece.round, piece.part), []).append((piece, ref))
+            self._change.notify_all()
+            return not self._closed
+
+
+def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any, int | None]]:
+    """A reference and its rows for each piece, in order, as they are read."""
+    if not pieces:
+        return
+    import ray.data
+
+    from subfleet.datasets.parallel import quiet_context
+
+    quiet_context()
+    pickled = pickle.dumps(data)
+
+    def read(batch: Any) -> Any:
+        piece = pieces[int(batch["item"][0])]
+        return to_table(_opened(pickled), piece.ids, piece.part)
+
+    numbers = ray.data.from_items(list(range(len(pieces))), override_num_blocks=len(pieces))
+    blocks = numbers.map_batches(read, batch_size=None)
+    blocks.context.execution_options.preserve_order = True
+    blocks.context.target_max_block_size = 1 << 40  # a block holds whole clients
+    # Semi-public, and the only way to blocks that this process owns and never fetches.
+    for bundle in blocks.iter_internal_ref_bundles():
+        for ref, facts in zip(bundle.block_refs, bundle.metadata, strict=True):
+            yield ref, facts.num_rows
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(pickled: bytes) -> Federation:
+    """The data as a worker process keeps them: what they derive is derived once, not by task."""
+    return pickle.loads(pickled)
+
+
+def _own(error: BaseException) -> BaseException:
+    """The error of ours behind one of Ray's, else a RunFailed that says what it was."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError | RunFailed):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return RunFailed(f"streaming the data failed: {type(error).__name__}: {error}")
