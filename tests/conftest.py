@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,30 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real samples at {folder}; set SUBFLEET_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Ray in this process for a module's tests; `launch` finds it and leaves it running.
+
+    Yields the folder in which it was started, the current one meanwhile.
+    """
+    import ray
+    from ray._raylet import AuthenticationTokenLoader
+
+    from subfleet.cluster.start import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray writes its token to the home folder, and remembers for good what it read there.
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        AuthenticationTokenLoader.instance().reset_cache()
+        folder = tmp_path_factory.mktemp("current")
+        patch.chdir(folder)
+        with ray_session(None):
+            yield folder
+        assert not ray.is_initialized()
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,11 +87,18 @@ class CohortStream:
                     raise RunFailed("the data stream was closed while a round was being read")
                 self._change.wait(1.0)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the rounds take that are here or on their way."""
+        with self._change:
+            return sum(self._held.values())
+
     def close(self) -> None:
         """Lets all blocks go; what is being read ends by itself."""
         with self._change:
             self._closed = True
             self._blocks.clear()
+            self._held.clear()
             self._change.notify_all()
 
     # --- the reading thread ----------------------------------------------------------------------
@@ -213,9 +220,9 @@ def _opened(pickled: bytes) -> Federation:
 
 def _own(error: BaseException) -> BaseException:
     """The error of ours behind one of Ray's, else a RunFailed that says what it was."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError | RunFailed):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return RunFailed(f"streaming the data failed: {type(error).__name__}: {error}")
+    while not isinstance(error, InputError | RunFailed):
+        cause = getattr(error, "cause", None) or error.__cause__
+        if cause is None:
+            return RunFailed(f"streaming the data failed: {type(error).__name__}: {error}")
+        error = cause
+    return error

@@ -103,9 +103,19 @@ def in_round(metrics: Path, round: int) -> bool:
     return metrics.exists() and metrics.read_bytes().count(b"\n") == round - 1
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
+def test_streamed_rows_give_the_same_result(
+    mixed_fleet: Experiment, inline: Run, tmp_path: Path
+) -> None:
+    run = on_hosts(mixed_fleet.with_overrides(["run.stream=true"]), 2, tmp_path / "run")
+    assert run.summary["params_sha256"] == inline.summary["params_sha256"]
+    assert run.summary["acc_local"] == inline.summary["acc_local"]
+    assert_every_round_once(run, mixed_fleet)
+
+
+@pytest.mark.parametrize(("hosts", "stream"), [(1, "false"), (2, "false"), (2, "true")])
 def test_a_host_killed_in_mid_round_changes_nothing_but_the_retries(
     hosts: int,
+    stream: str,
     mixed_fleet: Experiment,
     inline: Run,
     busy_hosts: Callable[[], list[int]],
@@ -123,7 +133,8 @@ def test_a_host_killed_in_mid_round_changes_nothing_but_the_retries(
 
     killer = Thread(target=kill_one, args=(time.monotonic() + 120,))
     killer.start()
-    run = on_hosts(mixed_fleet, hosts, tmp_path / "run")
+    experiment = mixed_fleet.with_overrides([f"run.stream={stream}"])
+    run = on_hosts(experiment, hosts, tmp_path / "run")
     killer.join()
     assert killed
     assert run.summary["params_sha256"] == inline.summary["params_sha256"]
