@@ -28,6 +28,7 @@ _TWEET_LANES = 2  # how long a tweet is, and where its sure word of sentiment st
 _SENTIMENT, _UNKNOWN_SHARE, _TOPICAL = 0.12, 0.03, 0.45
 _MISLEADING = 0.15  # of the words of sentiment beside the sure one
 _FAVOURITES = 24  # of each list a user's words of sentiment are this many
+_VECTOR, _VECTOR_SD = 50, 0.4  # GloVe's smallest vectors, and about their numbers' deviation
 
 
 class _Lexicon(NamedTuple):
@@ -87,6 +88,28 @@ class SyntheticSent140(Drawn):
         common, slang, topics, rest = np.split(tokens, ends)
         sentiment = rest[: len(rest) // 2 * 2].reshape(2, -1)
         return _Lexicon(common, sentiment, slang, topics.reshape(_TOPICS, _OF_TOPIC))
+
+    @functools.cached_property
+    def embedding(self) -> np.ndarray:
+        """A vector for each token, float32 [10000, 50], that stands in for GloVe's.
+
+        Noise, and for each word of sentiment half as much of one direction, to or fro by
+        its mood, as vectors learnt from much text would tell. Slang has none of it, since
+        it means the opposite elsewhere; padding and unknown words are 0, as in `glove`.
+        """
+        draw = generator(self.seed, f"{self.name} vectors")
+        noise = draw.standard_normal((VOCABULARY, _VECTOR), np.float32)
+        mood = 0.5 * draw.standard_normal(_VECTOR, np.float32)
+        bad, good = self._lexicon.sentiment
+        noise[good] += mood
+        noise[bad] -= mood
+        noise[[PADDING, UNKNOWN]] = 0
+        return noise * np.float32(_VECTOR_SD)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the samples and the vectors follow from."""
+        return f"{super().fingerprint}, vectors 1"
 
     def _labels(self, rows: Rows) -> np.ndarray:
         return self._binary_labels(rows, self._shares(rows.ids))
