@@ -50,13 +50,16 @@ class Work:
 
 
 def parts_needed(program: LossProgram | StepProgram | RunProgram, local_test: bool) -> set[str]:
-    """The parts of a client's data that a program reads."""
+    """The parts of a client's data that a program reads.
+
+    A `RunProgram` may ask for any part: "val" is empty where the data have none.
+    """
     if isinstance(program, LossProgram):
         parts = {program.stream.part}
     elif isinstance(program, StepProgram):
         parts = {stream.part for stream in program.streams.values()}
     else:
-        parts = {"train", "test"}
+        parts = {"train", "val", "test"}
     return parts | ({"test"} if local_test else set())
 
 

@@ -246,8 +246,8 @@ class Rounds:
         for name, choice in held.items():
             if choice is not None and choice.way == "vmap" and loop:
                 raise InputError(
-                    f"engine record: variant {name} has way='vmap', but a search, BatchNorm and "
-                    "dropout need way='loop'; give a record of this experiment"
+                    f"engine record: variant {name} has way='vmap', but a search, BatchNorm, "
+                    "dropout and recurrent layers need way='loop'; give a record of this experiment"
                 )
         new = {
             name: choose(self.net, variants[name], device, engine, loop=loop, round=round)
