@@ -24,6 +24,7 @@ from subfleet.datasets.tables import Upcoming, to_table
 
 BLOCK_BYTES = 16 << 20  # less, and a block's task costs more than its copy; more delays the first
 SHARE = 0.1  # of the object store's memory, for one window
+WINDOW_ROUNDS = 16  # at most; more would be read long before it is of use
 
 
 class _Piece(NamedTuple):
@@ -119,14 +120,14 @@ class CohortStream:
     ) -> Iterator[tuple[list[_Piece], int]]:
         """The pieces of as many rounds as the budget holds, and their bytes."""
         window: list[_Piece] = []
-        held = 0
+        held = rounds = 0
         for round in range(first, last + 1):
             pieces = list(self._pieces(round, upcoming(round)))
             size = sum(piece.rows for piece in pieces) * self._row_bytes
-            if window and held + size > self._window_bytes:
+            if rounds == WINDOW_ROUNDS or (window and held + size > self._window_bytes):
                 yield window, held
-                window, held = [], 0
-            window, held = window + pieces, held + size
+                window, held, rounds = [], 0, 0
+            window, held, rounds = [*window, *pieces], held + size, rounds + 1
         if window:
             yield window, held
 
