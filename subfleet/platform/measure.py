@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from subfleet.core import aggregate
+from subfleet.core.algorithm import Reduced, RoundPlan
+from subfleet.core.program import ClientTask
+from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform.bundles import BundleResult
 from subfleet.platform.engine import OK
@@ -118,3 +122,30 @@ def round_record(
             "acc_tier": tiers,
         }
     return record
+
+
+def mean_cost(net: SuperNetwork, tasks: Sequence[ClientTask]) -> tuple[float, float]:
+    """Mean parameters and MACs of the sub-networks of some tasks."""
+    maps = {task.map.key: task.map for task in tasks}
+    cost = {key: (net.stored_params(map, "local"), net.cost(map).macs) for key, map in maps.items()}
+    params, macs = np.mean([cost[task.map.key] for task in tasks], axis=0).tolist()
+    return params, macs
+
+
+def bytes_down(net: SuperNetwork, plan: RoundPlan) -> dict[int, tuple[int, int]]:
+    """What each client downloads: (all bytes, the map's part)."""
+    cache: dict[tuple[int, bytes], tuple[int, int]] = {}
+    out = {}
+    for task in plan.tasks:
+        key = (task.shared, task.map.key)
+        if key not in cache:
+            sent = net.space.cut_numel(plan.shared[task.shared], task.map)
+            map_bytes = task.map.wire_bytes(net.space)
+            cache[key] = (4 * sent + map_bytes, map_bytes)
+        out[task.client] = cache[key]
+    return out
+
+
+def coverage_counts(net: SuperNetwork, reduced: Reduced) -> dict[str, np.ndarray]:
+    """How many clients trained each unit, by group; nothing where updates are collected."""
+    return {} if isinstance(reduced, list) else aggregate.coverage_counts(reduced, net.space)

@@ -30,7 +30,15 @@ from subfleet.platform.executor import Executor
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
 from subfleet.platform.kept import KeptStore
-from subfleet.platform.measure import Evaluated, client_columns, local_accuracy, round_record
+from subfleet.platform.measure import (
+    Evaluated,
+    bytes_down,
+    client_columns,
+    coverage_counts,
+    local_accuracy,
+    mean_cost,
+    round_record,
+)
 from subfleet.platform.metrics import ClientsLog, MetricsLog, Observer, params_sha256, summarise
 from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, variant_name
 from subfleet.platform.reduce import ReductionTree
@@ -190,8 +198,8 @@ class Rounds:
         trained_s = perf_counter() - started
         evaluated = self._evaluate(round, state) if measured else None
         with self.clock.phase("metrics"):
-            rows = client_columns(results, self.roster.tier_names, self._bytes_down(plan))
-            coverage = self._coverage(reduced)
+            rows = client_columns(results, self.roster.tier_names, bytes_down(self.net, plan))
+            coverage = coverage_counts(self.net, reduced)
             record = round_record(
                 round,
                 rows,
@@ -317,35 +325,7 @@ class Rounds:
                 # A client that was left out keeps what it had.
                 kept = [i for i, tree in enumerate(result.kept) if tree is not None]
                 self.kept.write(bundle.ids[kept], [result.kept[i] for i in kept])
-        self.mean_cost = self._mean_cost([task for bundle in bundles for task in bundle.tasks])
-
-    def _mean_cost(self, tasks: Sequence[ClientTask]) -> tuple[float, float]:
-        """Mean parameters and MACs of the sub-networks of some tasks."""
-        maps = {task.map.key: task.map for task in tasks}
-        cost = {
-            key: (self.net.stored_params(map, "local"), self.net.cost(map).macs)
-            for key, map in maps.items()
-        }
-        params, macs = np.mean([cost[task.map.key] for task in tasks], axis=0).tolist()
-        return params, macs
-
-    def _bytes_down(self, plan: RoundPlan) -> dict[int, tuple[int, int]]:
-        """What each client downloads: (all bytes, the map's part)."""
-        cache: dict[tuple[int, bytes], tuple[int, int]] = {}
-        out = {}
-        for task in plan.tasks:
-            key = (task.shared, task.map.key)
-            if key not in cache:
-                sent = self.net.space.cut_numel(plan.shared[task.shared], task.map)
-                map_bytes = task.map.wire_bytes(self.net.space)
-                cache[key] = (4 * sent + map_bytes, map_bytes)
-            out[task.client] = cache[key]
-        return out
-
-    def _coverage(self, reduced: Reduced) -> dict[str, np.ndarray]:
-        if isinstance(reduced, list):
-            return {}
-        return aggregate.coverage_counts(reduced, self.net.space)
+        self.mean_cost = mean_cost(self.net, [task for bundle in bundles for task in bundle.tasks])
 
     # --- evaluation --------------------------------------------------------------------------
 
