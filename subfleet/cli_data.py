@@ -19,6 +19,7 @@ from subfleet.cli_support import (
 from subfleet.core.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from subfleet.dashboards.console import Preparation
     from subfleet.datasets import Federation
 
 data_app = typer.Typer(
@@ -95,17 +96,19 @@ def data_prepare(
       subfleet data prepare celeba --source celeba --out stores/celeba --set size=84
       subfleet data prepare cifar10 --download --out stores/cifar10
     """
-    from rich.console import Console
-
     from subfleet.cluster.start import ray_session
-    from subfleet.dashboards.console import Preparation
     from subfleet.datasets.parallel import parse_all
     from subfleet.datasets.prepare import prepare
     from subfleet.datasets.published import find_source
 
     reader = _reader(name, options or [])
+    if not source and not download:
+        raise InputError(
+            f"the files of {name} are missing; give their folder with --source DIR, or --download "
+            "where there is a network"
+        )
     _refuse_occupied(out)
-    said = Preparation(Console(stderr=True))
+    said = _said()
     files = find_source(reader, source, download=download, progress=said)
     settings: dict[str, Any] = {"skip_bad": skip_bad, "progress": said}
     if local:
@@ -178,11 +181,14 @@ def data_describe(
     """
     from subfleet.datasets.census import census
 
-    data = _federation(what, options or [])
-    found = census(data)
+    if verify:
+        _verify(Path(what))
+    said = _said()
+    data = _federation(what, options or [], said)
+    found = census(data, said)
     found["report"] = getattr(data, "report", {})
     if verify:
-        found["verified"] = _verify(Path(what))
+        found["verified"] = True
     if as_json:
         print_json(found)
         return
@@ -200,13 +206,12 @@ def data_describe(
         typer.echo(f"note: {text}")
 
 
-def _verify(store: Path) -> bool:
+def _verify(store: Path) -> None:
     from subfleet.datasets.writing import verify_store
 
     if not (store / "manifest.json").exists():
         raise InputError(f"--verify: {store} is no store; name one that data prepare wrote")
     verify_store(store)
-    return True
 
 
 @data_app.command("plot")
@@ -229,16 +234,24 @@ def data_plot(
     """
     from subfleet.dashboards.data_plots import partition_plot
 
-    typer.echo(str(partition_plot(_federation(what, options or []), out, clients=clients)))
+    data = _federation(what, options or [], _said())
+    typer.echo(str(partition_plot(data, out, clients=clients)))
 
 
-def _federation(what: str, options: list[str]) -> Federation:
-    """The data set that a store's folder, an experiment's file or a name stands for."""
+def _said() -> Preparation:
+    """Says on stderr how far a long preparation has come."""
     from rich.console import Console
 
+    from subfleet.dashboards.console import Preparation
+
+    return Preparation(Console(stderr=True))
+
+
+def _federation(what: str, options: list[str], said: Preparation) -> Federation:
+    """The data set that a store's folder, an experiment's file or a name stands for."""
     from subfleet import registry
     from subfleet.config import Experiment
-    from subfleet.dashboards.console import Preparation
+    from subfleet.datasets import SETS
 
     overrides = [f"data.{option}" for option in options]
     path = Path(what)
@@ -249,7 +262,11 @@ def _federation(what: str, options: list[str]) -> Federation:
         experiment = Experiment(data=table).with_overrides(overrides)
     elif path.suffix == ".toml":
         experiment = Experiment.load(path, overrides)
+    elif what not in SETS and path.is_dir():
+        raise InputError(
+            f"{what} is a folder, but no store (no manifest.json); name the data set instead, and "
+            f"where its files are: NAME --set source={what}"
+        )
     else:
         experiment = Experiment(data={"name": what}).with_overrides(overrides)
-    said = Preparation(Console(stderr=True))
     return registry.build_data(experiment.data, seed=experiment.run.seed, progress=said)

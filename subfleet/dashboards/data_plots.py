@@ -16,12 +16,16 @@ def partition_plot(data: Federation, path: str | os.PathLike, *, clients: int = 
 
     The heat map shows `clients` clients spread evenly over all, sorted by their
     most frequent label, so that a block structure shows; the histogram counts all.
+    InputError: `clients` is below 1, or `path` is no .png file that can be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if clients < 1:
         raise InputError(f"--clients {clients} is too few; draw at least 1")
+    path = Path(path)
+    if path.suffix != ".png":
+        raise InputError(f"{str(path)!r} does not end in .png; give e.g. -o partition.png")
     shown = np.unique(np.linspace(0, data.num_clients - 1, clients).astype(np.int64))
     counts = data.label_counts(shown, "all").astype(np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -40,7 +44,6 @@ def partition_plot(data: Federation, path: str | os.PathLike, *, clients: int = 
     histogram.set_ylabel("clients")
     histogram.set_title(f"mean {sizes.mean():,.1f}, sd {sizes.std():,.1f}")
     figure.suptitle(f"{data.name}: {int(sizes.sum()):,} samples, {data.num_classes} classes")
-    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
