@@ -159,7 +159,8 @@ class Partitioned:
         parts = Parts(codes, offsets)
         report["left_out"] = self._left_out(report, len(test))
         report |= parts.report()
-        return _Dealt(numbers, labels[numbers], parts, report | {"warnings": _warnings(report)})
+        report["warnings"] = [*getattr(self.pool, "warnings", []), *_warnings(report)]
+        return _Dealt(numbers, labels[numbers], parts, report)
 
     def _official(
         self, part: Partition, labels: np.ndarray, train: np.ndarray, test: np.ndarray

@@ -173,14 +173,21 @@ class Store:
         codes = leaf_split(self.seed, self._offsets, group, from_test, *shares)
         return Parts(codes, self._offsets)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What preparing it met: files cut or missing, and how much was left out, in sentences."""
+        found = self.manifest.get("found", {})
+        left_out = [
+            f"left out when prepared: {n} x {kind}" for kind, n in found.get("counts", {}).items()
+        ]
+        return [*found.get("warnings", []), *left_out]
+
     @functools.cached_property
     def report(self) -> dict[str, Any]:
         """How the clients' rows are parted, as plain JSON; `warnings` are for the user."""
         facts = self._parts.report()
         lone, none = facts["clients_without_test"], facts["rows_in_no_part"]
-        warnings = list(self.manifest.get("found", {}).get("warnings", []))
-        counts = self.manifest.get("found", {}).get("counts", {})
-        warnings += [f"left out when prepared: {n} x {kind}" for kind, n in counts.items()]
+        warnings = self.warnings
         if self.dropped and self.manifest.get("natural", True):
             warnings.append(f"{len(self.dropped)} clients with one row or none are left out")
         if lone and self.test_share > 0:
