@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import pickle
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from subfleet.datasets.prepare import Parse, Part
@@ -24,7 +25,7 @@ def quiet_context() -> Any:
     return context
 
 
-def parse_all(parse: Parse, shards: list[Shard]) -> Iterable[Part]:
+def parse_all(parse: Parse, shards: list[Shard]) -> Iterator[Part]:
     """The parts of all shards as they are done, a task each; Ray must be running.
 
     The rows go to disk where they are parsed; what comes back is who has how many.
@@ -36,12 +37,20 @@ def parse_all(parse: Parse, shards: list[Shard]) -> Iterable[Part]:
     quiet_context()
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
-        return {"part": json.dumps(vars(parse(shards[row["item"]])))}
+        return {"ended": pickle.dumps(_ended(parse, shards[row["item"]]))}
 
     numbers = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
-    yield from _parts(numbers.map(task).iter_rows())
+    for row in numbers.map(task).iter_rows():
+        ended = pickle.loads(row["ended"])
+        if isinstance(ended, Exception):
+            raise ended
+        yield ended
 
 
-def _parts(rows: Iterable[dict[str, Any]]) -> Iterator[Part]:
-    for row in rows:
-        yield Part(**json.loads(row["part"]))
+def _ended(parse: Parse, shard: Shard) -> Part | Exception:
+    """The part, or what parsing raised: Ray would wrap it and print pages about it."""
+    try:
+        return parse(shard)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        return error

@@ -17,6 +17,7 @@ from threading import Condition, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets.federation import Federation, offsets_of
@@ -172,10 +173,7 @@ class CohortStream:
                 self._arrived(piece, None)
         for piece, (ref, rows) in zip(full, _blocks_of(self._data, full), strict=True):
             if rows != piece.rows:
-                raise RunFailed(
-                    f"round {piece.round}: Ray Data handed over {rows} rows, where "
-                    f"{piece.rows} were to be read; set run.stream = false"
-                )
+                raise _what_failed(ref)
             if not self._arrived(piece, ref):
                 return
 
@@ -201,7 +199,11 @@ def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any
 
     def read(batch: Any) -> Any:
         piece = pieces[int(batch["item"][0])]
-        return to_table(_opened(pickled), piece.ids, piece.part)
+        try:
+            return to_table(_opened(pickled), piece.ids, piece.part)
+        except Exception as error:
+            # Raised, Ray would wrap it and print pages about it. Its rows give it away.
+            return pa.table({"error": [pickle.dumps(error)] * (piece.rows + 1)})
 
     numbers = ray.data.from_items(list(range(len(pieces))), override_num_blocks=len(pieces))
     blocks = numbers.map_batches(read, batch_size=None)
@@ -219,11 +221,24 @@ def _opened(pickled: bytes) -> Federation:
     return pickle.loads(pickled)
 
 
+def _what_failed(ref: Any) -> Exception:
+    """The error behind a block that has not the rows that were to be read."""
+    import ray
+
+    table: Any = ray.get(ref)
+    if "error" in table.column_names:
+        return pickle.loads(table["error"][0].as_py())
+    return RunFailed(
+        f"Ray Data handed over a block of {table.num_rows} rows where other ones were to be "
+        "read; set run.stream = false"
+    )
+
+
 def _own(error: BaseException) -> BaseException:
     """The error of ours behind one of Ray's, else a RunFailed that says what it was."""
-    while not isinstance(error, InputError | RunFailed):
-        cause = getattr(error, "cause", None) or error.__cause__
-        if cause is None:
-            return RunFailed(f"streaming the data failed: {type(error).__name__}: {error}")
+    # Ray's errors are also of the type of their cause, so the cause comes first.
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
-    return error
+    if isinstance(error, InputError | RunFailed):
+        return error
+    return RunFailed(f"streaming the data failed: {type(error).__name__}: {error}")

@@ -50,8 +50,9 @@ def test_the_store_is_that_of_one_process(tmp_path: Path) -> None:
 def test_a_fault_far_away_is_the_same_input_error(tmp_path: Path) -> None:
     source = make(tmp_path / "source", 3)
     (source / "1.txt").write_text("bob 9 1\n")
-    with pytest.raises(InputError, match=r"1\.txt, line 1: label '9'"):
+    with pytest.raises(InputError, match=r"1\.txt, line 1: label '9'") as caught:
         prepare(Lines(), source, tmp_path / "out", parse_all=parse_all)
+    assert "\n" not in str(caught.value) and "in read" in caught.value.__notes__[0]
     assert not (tmp_path / "out").exists()
     prepare(Lines(), source, tmp_path / "out", parse_all=parse_all, skip_bad=True)
     assert Store(tmp_path / "out").manifest["found"]["counts"] == {"unknown label": 1}

@@ -110,8 +110,9 @@ def test_what_reading_raises_reaches_who_waits(error, raised, message) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     stream = CohortStream(Broken(error))
     stream.begin(lambda round: Upcoming(np.arange(2), ("train",)), 1, 2)
-    with pytest.raises(raised, match=message):
+    with pytest.raises(raised, match=message) as caught:
         stream.blocks(1, np.arange(2), "train")
+    assert "\n" not in str(caught.value), "one message, without Ray's traceback"
     stream.close()
 
 
