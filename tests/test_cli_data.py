@@ -173,6 +173,13 @@ def test_prepare_parses_on_ray(tmp_path: Path, ray_here: Path, real_data: Path) 
     assert files[0] == files[1]
 
 
+@pytest.mark.ray
+def test_a_fault_on_ray_is_one_message(tmp_path: Path, ray_here: Path) -> None:
+    source = writers(tmp_path / "source", {"anna": [0, 99]})
+    said = refused("prepare", "femnist", "--source", source, "--out", tmp_path / "store")
+    assert "99" in said and str(source) in said
+
+
 # --- describe ------------------------------------------------------------------------------------
 
 
