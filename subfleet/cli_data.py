@@ -196,14 +196,19 @@ def data_describe(
     print_table([{key: value for key, value in found.items() if key not in alone}])
     print_table(
         [
-            {"a client's": "samples", **found["quantiles"]},
-            {"a client's": "classes", **found["class_quantiles"]},
+            {"a client's": "samples", **_short(found["quantiles"])},
+            {"a client's": "classes", **_short(found["class_quantiles"])},
         ],
         title="quantiles",
     )
     print_table([found["parts"]], title="samples by part")
     for text in found["report"].get("warnings", []):
         typer.echo(f"note: {text}")
+
+
+def _short(quantiles: dict[str, float]) -> dict[str, float]:
+    """For a table, where a fraction of a thousand samples says nothing."""
+    return {name: round(value) if value >= 1000 else value for name, value in quantiles.items()}
 
 
 def _verify(store: Path) -> None:
