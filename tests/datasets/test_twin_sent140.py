@@ -39,3 +39,17 @@ def test_one_direction_tells_the_mood_of_words_but_not_of_slang() -> None:
     assert (along[good] > 0).mean() > 0.98 and (along[bad] < 0).mean() > 0.98
     slang = along[data._lexicon.slang]
     assert 0.2 < (slang > 0).mean() < 0.8
+
+
+def test_frozen_vectors_tell_the_mood_of_tweets_to_a_linear_model() -> None:
+    data = SyntheticSent140(600)
+
+    def features(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        block = data.block(np.arange(first, last), "all")
+        said = data.embedding[block.x].sum(axis=1)
+        return np.column_stack([said, np.ones(len(said), np.float32)]), block.y
+
+    (x, y), (fresh, truth) = features(0, 400), features(400, 600)
+    weights = np.linalg.lstsq(x, 2.0 * y - 1, rcond=None)[0]
+    right = ((fresh @ weights > 0) == truth).mean()
+    assert right > 0.7 > 0.6 > max(truth.mean(), 1 - truth.mean())
