@@ -59,12 +59,18 @@ class Shard:
 
     `name` is unique within the data set and the same each time the source is
     listed. `items` is what the reader needs besides: (file, label) pairs, a range.
+
+    A prepared store is made anew when `path` or one of `files` changes its size or
+    time, or `items` its repr: `files` are what else the rows depend on, lists of
+    labels say. Of images in folders it holds the folders, not each image, so an
+    image added, removed or replaced is noticed, and one overwritten in place is not.
     """
 
     name: str
     path: Path
     from_test: bool = False
     items: tuple[Any, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 @dataclass
