@@ -155,7 +155,7 @@ def test_bad_rows_are_refused_or_left_out_counted_and_told_again(tmp_path: Path)
     found = json.loads(data("describe", out, "--json").stdout)
     told = "\n".join(found["report"]["warnings"])
     assert "left out when prepared: 3 x " in told
-    assert "1 clients with one row or none are left out" in told
+    assert "1 clients with one row or none, 1 rows in all, are left out" in told
     assert "note: left out when prepared: 3 x " in data("describe", out).stdout
 
 

@@ -36,7 +36,8 @@ class Lines:
         with (shard.path.parent / "log").open("a") as log:
             log.write(json.dumps([shard.name, os.getpid()]) + "\n")
         if self.die_at and shard.name == self.die_at and (shard.path.parent / "die").exists():
-            (shard.path.parent / "die").unlink()
+            if (shard.path.parent / "die").read_text() != "each time":
+                (shard.path.parent / "die").unlink()
             os.kill(os.getpid(), 9)
         rows: dict[str, list[tuple[int, int]]] = {}
         for number, line in enumerate(shard.path.read_text().splitlines(), 1):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from subfleet.core.errors import RunFailed
 from subfleet.datasets.prepare import Parse, Part
 from subfleet.datasets.reader import Shard
 
@@ -17,12 +19,19 @@ def quiet_context() -> Any:
 
     from ray.data import DataContext
 
+    # Ray 2.60 has no other public way to bound retries (`bounded_retries`) and warns of this one.
+    warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
     return context
+
+
+def bounded_retries() -> dict[str, Any]:
+    """What tasks of Ray Data ask for: a worker that dies each time is not tried for ever."""
+    return {"max_retries": 3}
 
 
 def parse_all(parse: Parse, shards: list[Shard]) -> Iterator[Part]:
@@ -40,11 +49,26 @@ def parse_all(parse: Parse, shards: list[Shard]) -> Iterator[Part]:
         return {"ended": pickle.dumps(_ended(parse, shards[row["item"]]))}
 
     numbers = ray.data.from_items(list(range(len(shards))), override_num_blocks=len(shards))
-    for row in numbers.map(task).iter_rows():
+    rows = iter(numbers.map(task, ray_remote_args_fn=bounded_retries).iter_rows())
+    while (row := _next(rows)) is not None:
         ended = pickle.loads(row["ended"])
         if isinstance(ended, Exception):
             raise ended
         yield ended
+
+
+def _next(rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """One more row, None after the last; RunFailed where workers keep dying."""
+    from ray.exceptions import RayError
+
+    try:
+        return next(rows, None)
+    except RayError as error:
+        last = [line for line in str(error).splitlines() if line.strip()][-1]
+        raise RunFailed(
+            f"a worker that parses died four times ({last}); if memory runs out, close other "
+            "programs or parse with --local, one shard at a time"
+        ) from error
 
 
 def _ended(parse: Parse, shard: Shard) -> Part | Exception:

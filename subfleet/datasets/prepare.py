@@ -8,14 +8,17 @@ than a shard or a batch.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Reader, Shard
-from subfleet.datasets.store import VERSION
+from subfleet.datasets.store import VERSION, read_manifest
 from subfleet.datasets.writing import disk_errors, write_store
 
+_MOST_WARNINGS = 100
 PAGE_ROWS = 1024  # rows of a set without clients that lie together as if they were one
 Progress = Callable[[str, int, int], None]
 Parse = Callable[[Shard], "Part"]
@@ -67,39 +71,84 @@ def prepare(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         shards, layout = reader.shards(source), reader.layout(source)
-    mark = digest(reader, source, shards, skip_bad)
-    with disk_errors(out):
-        scratch = _scratch(out, mark)
+    told = [str(warning.message) for warning in warned]
+    with _alone(out):
+        if _is_whole(out):
+            return  # another process was faster
+        scratch = _scratch(out, digest(reader, source, shards, skip_bad))
         try:
             parse = functools.partial(parse_shard, reader, layout, scratch, skip_bad)
             parts = _parts(shards, scratch, parse, parse_all or map, progress)
-            faults = Faults(skip=skip_bad)
-            table = _clients(parts, [shard.from_test for shard in shards], layout, faults)
-            if not table:
-                raise InputError(f"{source} has no rows that can be used; check the files")
+            _write(reader, source, out, shards, layout, parts, told, skip_bad, progress)
         except InputError:
             # The source must change, and then nothing of this is of use.
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        told = [str(warning.message) for warning in warned]
-        told += [text for part in parts for text in part.found["warnings"]]
-        vectors = getattr(reader, "embedding", None)
-        write_store(
-            out,
-            _gathered(table, progress),
-            name=reader.name,
-            layout=layout,
-            source={
-                **{"folder": str(source.resolve()), "fingerprint": mark},
-                **{"shards": len(shards), "options": options(reader)},
-            },
-            found={
-                **{"counts": dict(faults.counts), "examples": faults.examples},
-                "warnings": list(dict.fromkeys(told)),
-            },
-            embedding=None if vectors is None else vectors(),
-        )
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time prepares a store; others wait until it has ended, or was killed."""
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # In the system's folder, so that nothing is left beside the store.
+        name = hashlib.sha256(f"{os.getuid()} {out.absolute()}".encode()).hexdigest()[:24]
+        lock = os.open(
+            Path(tempfile.gettempdir()) / f"subfleet-{name}.lock", os.O_CREAT | os.O_RDWR
+        )
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_whole(out: Path) -> bool:
+    try:
+        read_manifest(out)
+    except InputError:
+        return False
+    return True
+
+
+def _write(
+    reader: Reader,
+    source: Path,
+    out: Path,
+    shards: list[Shard],
+    layout: Layout,
+    parts: list[Part],
+    told: list[str],
+    skip_bad: bool,
+    progress: Progress | None,
+) -> None:
+    """Puts the parts in order, into the store."""
+    faults = Faults(skip=skip_bad)
+    table = _clients(parts, [shard.from_test for shard in shards], layout, faults)
+    if not table:
+        why = "".join(
+            f"; {n} x {kind}: {faults.examples[kind]}" for kind, n in faults.counts.items()
+        )
+        raise InputError(f"{source} has no rows that can be used; check the files{why}")
+    told = [*told, *(text for part in parts for text in part.found["warnings"])]
+    vectors = getattr(reader, "embedding", None)
+    write_store(
+        out,
+        _gathered(table, progress),
+        name=reader.name,
+        layout=layout,
+        source={
+            "folder": str(source.resolve()),
+            "fingerprint": digest(reader, source, shards, skip_bad),
+            **{"shards": len(shards), "options": options(reader)},
+        },
+        found={
+            **{"counts": dict(faults.counts), "examples": faults.examples},
+            "warnings": list(dict.fromkeys(told))[:_MOST_WARNINGS],
+        },
+        embedding=None if vectors is None else vectors(),
+    )
 
 
 def options(reader: Reader) -> dict[str, Any]:
@@ -111,21 +160,22 @@ def digest(reader: Reader, source: Path, shards: list[Shard], skip_bad: bool) ->
     """A hash (sha256, hexadecimal) of what a store follows from, by files' names, sizes, times."""
     facts: list[Any] = [VERSION, reader.name, options(reader), skip_bad, str(source.resolve())]
     named = {Path(text) for text in vars(reader).values() if isinstance(text, str) and text}
-    for path in sorted({shard.path for shard in shards} | {p for p in named if p.is_file()}):
+    read = {path for shard in shards for path in (shard.path, *shard.files)}
+    for path in sorted(read | {path for path in named if path.is_file()}):
         stat = path.stat()
         facts.append([str(path), stat.st_size, stat.st_mtime_ns])
-    facts.append([shard.name for shard in shards])
+    facts.append([[shard.name, repr(shard.items)] for shard in shards])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _scratch(out: Path, fingerprint: str) -> Path:
     """The folder of the parts; those of former sources are swept away."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     mine = out.with_name(f".{out.name}.parts-{fingerprint[:16]}")
     for old in out.parent.glob(f".{out.name}.parts-*"):
         if old != mine:
             shutil.rmtree(old, ignore_errors=True)
-    mine.mkdir(exist_ok=True)
+    with disk_errors(out):
+        mine.mkdir(exist_ok=True)
     return mine
 
 
@@ -160,7 +210,23 @@ def parse_shard(
     faults = Faults(skip=skip_bad)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        rows = list(reader.read(shard, faults))
+        try:
+            rows = list(reader.read(shard, faults))
+        except OSError as error:
+            raise InputError(f"{shard.path} cannot be read ({error}); check it") from error
+    with disk_errors(scratch):
+        return _saved(shard, rows, layout, scratch, faults, [str(w.message) for w in warned])
+
+
+def _saved(
+    shard: Shard,
+    rows: list[ClientRows],
+    layout: Layout,
+    scratch: Path,
+    faults: Faults,
+    told: list[str],
+) -> Part:
+    """Writes the arrays of a part, and last what says that they are whole."""
     folder = _part_folder(scratch, shard.name)
     unfinished = folder.with_name(f"{folder.name}.{os.uname().nodename}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -178,7 +244,7 @@ def parse_shard(
         sizes=[len(client.y) for client in rows],
         found={
             **{"counts": dict(faults.counts), "examples": faults.examples},
-            "warnings": [str(warning.message) for warning in warned],
+            "warnings": told,
         },
     )
     (unfinished / "part.json").write_text(json.dumps(vars(part)))
@@ -195,7 +261,7 @@ def _finished(folder: Path) -> Part | None:
     """The part of a folder; None where it is not there yet."""
     try:
         return Part(**json.loads((folder / "part.json").read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

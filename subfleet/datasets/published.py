@@ -44,10 +44,10 @@ def open_set(
     test_share: float = 0.2,
     val_share: float = 0.0,
     partition: str | None = None,
-    clients: int = 100,
-    alpha: float = 0.5,
-    classes_per_client: int = 2,
-    form: str = "auto",
+    clients: int | None = None,
+    alpha: float | None = None,
+    classes_per_client: int | None = None,
+    form: str | None = None,
     download: bool = False,
     skip_bad: bool = False,
     cache: str | None = None,
@@ -64,8 +64,8 @@ def open_set(
         test_share: The share of a client's rows that test.
         val_share: The share that validate.
         partition: "natural", for sets with clients of their own; else see `Partitioned`.
-        clients: How many clients a partition makes.
-        alpha: Dirichlet's concentration, where a partition has one.
+        clients: How many clients a partition makes; 100 when left out.
+        alpha: Dirichlet's concentration, where a partition has one; 0.5 when left out.
         classes_per_client: Classes (or shards) of each client, where a partition has them.
         form: How a pathological partition deals: "pfedme", "random", "shards" or "auto".
         download: Fetch the files into the cache when `source` is left out.
@@ -75,29 +75,29 @@ def open_set(
     """
     store = _store_path(reader, source, download, skip_bad, cache, progress)
     natural = read_manifest(store)["natural"]
+    parting = {"test_share": test_share, "val_share": val_share}
+    dealing = {
+        **{"clients": clients, "alpha": alpha},
+        **{"classes_per_client": classes_per_client, "form": form},
+    }
+    given = {name: value for name, value in dealing.items() if value is not None}
     if partition is None:
         partition = "natural" if natural else "dirichlet"
-    if partition == "natural":
-        if not natural:
-            raise InputError(
-                f'data.partition = "natural": {reader.name} has no clients of its own; '
-                'use "iid", "dirichlet", "pathological", "shards" or "quantity"'
-            )
-        temporal = read_manifest(store)["overlap"] > 0
-        split = split or ("temporal" if temporal else "seeded")
-        return Store(store, seed, split, test_share=test_share, val_share=val_share)
-    return deal(
-        Store(store, seed),
-        seed,
-        split=split,
-        test_share=test_share,
-        val_share=val_share,
-        partition=partition,
-        clients=clients,
-        alpha=alpha,
-        classes_per_client=classes_per_client,
-        form=form,
-    )
+    if partition != "natural":
+        return deal(Store(store, seed), seed, split=split, partition=partition, **parting, **given)
+    if not natural:
+        raise InputError(
+            f'data.partition = "natural": {reader.name} has no clients of its own; '
+            'use "iid", "dirichlet", "pathological", "shards" or "quantity"'
+        )
+    if given:
+        name, value = next(iter(given.items()))
+        raise InputError(
+            f"data.{name} = {value!r} has no effect on {reader.name}'s own clients; remove it, "
+            'or deal the rows anew with data.partition, such as "dirichlet"'
+        )
+    temporal = read_manifest(store)["overlap"] > 0
+    return Store(store, seed, split or ("temporal" if temporal else "seeded"), **parting)
 
 
 def deal(

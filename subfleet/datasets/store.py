@@ -180,6 +180,11 @@ class Store:
         left_out = [
             f"left out when prepared: {n} x {kind}" for kind, n in found.get("counts", {}).items()
         ]
+        if self.dropped:
+            rows = self.manifest.get("rows_dropped", "few")
+            left_out.append(
+                f"{len(self.dropped)} clients with one row or none, {rows} rows in all, are left out"
+            )
         return [*found.get("warnings", []), *left_out]
 
     @functools.cached_property
@@ -188,8 +193,6 @@ class Store:
         facts = self._parts.report()
         lone, none = facts["clients_without_test"], facts["rows_in_no_part"]
         warnings = self.warnings
-        if self.dropped and self.manifest.get("natural", True):
-            warnings.append(f"{len(self.dropped)} clients with one row or none are left out")
         if lone and self.test_share > 0:
             warnings.append(
                 f"{lone} of {self.num_clients} clients have too few rows to test and only train"

@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from logging import getLogger
 from threading import Condition, Thread
+from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,11 @@ from subfleet.datasets.tables import Upcoming, to_table
 
 BLOCK_BYTES = 16 << 20  # less, and a block's task costs more than its copy; more delays the first
 SHARE = 0.1  # of the object store's memory, for one window
+PATIENCE_S = 60.0
 WINDOW_ROUNDS = 16  # at most; more would be read long before it is of use
+
+
+_LOG = getLogger(__name__)
 
 
 class _Piece(NamedTuple):
@@ -41,16 +47,20 @@ class CohortStream:
     """Blocks of the rounds to come, as references that the calling process owns.
 
     `budget` bytes are what a window of rounds may hold; by default a tenth of the
-    object store. A round larger than that is a window of its own.
+    object store. A round larger than that is a window of its own. After `patience_s`
+    seconds without a block that is waited for (others have all cores, say) the
+    stream gives up, and hosts read for themselves.
     """
 
-    def __init__(self, data: Federation, budget: int | None = None):
+    def __init__(self, data: Federation, budget: int | None = None, patience_s: float = PATIENCE_S):
         self._data = data
         self._budget = budget
+        self._patience_s = patience_s
         self._change = Condition()
         self._blocks: dict[tuple[int, str], list[tuple[_Piece, Any]]] = {}
         self._held: dict[int, int] = {}  # bytes of each round that is here or on its way
         self._wanted = 0  # the round that trains
+        self._read_to = 0  # the last round of which all blocks are here
         self._error: BaseException | None = None
         self._closed = False
         self._parts: Callable[[int], tuple[str, ...]] = lambda round: ()
@@ -69,25 +79,36 @@ class CohortStream:
     def blocks(self, round: int, ids: np.ndarray, part: str) -> list[Any]:
         """References of the tables that hold `ids`' rows of `part`; waits until they are read.
 
-        None where there are no rows at all. Raises what the reading raised;
-        `RunFailed` where it was not our own error.
+        None where there are no rows, or where not all that are asked for were
+        announced, or after `close`: whoever asks then reads for itself. Raises what the
+        reading raised; `RunFailed` where it was not our own error.
         """
+        ids = np.unique(ids)
         with self._change:
-            self._wanted = max(self._wanted, round)
-            for old in [key for key in self._blocks if key[0] < self._wanted]:
-                del self._blocks[old]
-            self._held = {r: size for r, size in self._held.items() if r >= self._wanted}
-            self._change.notify_all()
-            while True:
-                if self._error is not None:
-                    raise self._error
+            self._forget_before(round)
+            last_news = monotonic()
+            while not self._closed:
                 here = self._blocks.get((round, part), [])
                 found = [(piece, ref) for piece, ref in here if np.isin(ids, piece.ids).any()]
                 if sum(np.isin(piece.ids, ids).sum() for piece, _ in found) == len(ids):
                     return [ref for piece, ref in found if piece.rows]
-                if self._closed:
-                    raise RunFailed("the data stream was closed while a round was being read")
-                self._change.wait(1.0)
+                if self._error is not None:
+                    raise self._error
+                if self._read_to >= round:
+                    return []
+                if self._change.wait(1.0):
+                    last_news = monotonic()
+                elif monotonic() - last_news > self._patience_s:
+                    _LOG.warning("no rows for %g s: hosts read for themselves", self._patience_s)
+                    self._closed = True
+            return []
+
+    def _forget_before(self, round: int) -> None:
+        self._wanted = max(self._wanted, round)
+        for old in [key for key in self._blocks if key[0] < self._wanted]:
+            del self._blocks[old]
+        self._held = {r: size for r, size in self._held.items() if r >= self._wanted}
+        self._change.notify_all()
 
     @property
     def held_bytes(self) -> int:
@@ -111,6 +132,9 @@ class CohortStream:
                 if not self._room(window, size):
                     return
                 self._read(window)
+                with self._change:
+                    self._read_to = window[-1].round
+                    self._change.notify_all()
         except BaseException as error:  # the rounds' own thread raises it
             with self._change:
                 self._error = _own(error)
@@ -125,7 +149,8 @@ class CohortStream:
         for round in range(first, last + 1):
             pieces = list(self._pieces(round, upcoming(round)))
             size = sum(piece.rows for piece in pieces) * self._row_bytes
-            if rounds == WINDOW_ROUNDS or (window and held + size > self._window_bytes):
+            full = rounds >= WINDOW_ROUNDS or held + size > self._window_bytes
+            if window and full:
                 yield window, held
                 window, held, rounds = [], 0, 0
             window, held, rounds = [*window, *pieces], held + size, rounds + 1
@@ -192,7 +217,7 @@ def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any
         return
     import ray.data
 
-    from subfleet.datasets.parallel import quiet_context
+    from subfleet.datasets.parallel import bounded_retries, quiet_context
 
     quiet_context()
     pickled = pickle.dumps(data)
@@ -206,7 +231,12 @@ def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any
             return pa.table({"error": [pickle.dumps(error)] * (piece.rows + 1)})
 
     numbers = ray.data.from_items(list(range(len(pieces))), override_num_blocks=len(pieces))
-    blocks = numbers.map_batches(read, batch_size=None)
+    # Hosts may leave no whole core free on any one node, so a task asks for next to nothing,
+    # and their number is bounded otherwise.
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    blocks = numbers.map_batches(
+        read, batch_size=None, num_cpus=0.01, concurrency=nodes, ray_remote_args_fn=bounded_retries
+    )
     blocks.context.execution_options.preserve_order = True
     blocks.context.target_max_block_size = 1 << 40  # a block holds whole clients
     # Semi-public, and the only way to blocks that this process owns and never fetches.

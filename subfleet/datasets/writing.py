@@ -77,11 +77,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailed(
-                f"the disk that holds {path.parent} is full; "
-                "free some space or set SUBFLEET_CACHE to a folder elsewhere"
+                f"the disk that holds {path.parent} is full; free some space, set "
+                "SUBFLEET_CACHE to a folder elsewhere, or give another --out"
             ) from error
         raise InputError(
-            f"{path} cannot be written ({error}); set SUBFLEET_CACHE to a folder that can"
+            f"{path} cannot be written ({error}); set SUBFLEET_CACHE to a folder that can, or "
+            "give another --out"
         ) from error
 
 
@@ -96,13 +97,16 @@ def _write_files(folder: Path, clients: Iterable[ClientRows], layout: Layout) ->
     """Writes all files but the manifest; returns its counts."""
     names: list[str] = []
     dropped: list[str] = []
+    lost = 0
     sizes: list[int] = []
     histograms: list[np.ndarray] = []
 
     def kept() -> Iterator[ClientRows]:
+        nonlocal lost
         for client in clients:
             if layout.natural and len(client.y) < 2:
                 dropped.append(client.name)
+                lost += len(client.y)
                 continue
             names.append(client.name)
             sizes.append(len(client.y))
@@ -121,7 +125,12 @@ def _write_files(folder: Path, clients: Iterable[ClientRows], layout: Layout) ->
     np.save(folder / "offsets.npy", offsets_of(np.array(sizes)))
     (folder / "clients.json").write_text(json.dumps(names))
     (folder / "dropped.json").write_text(json.dumps(dropped))
-    return {"clients": len(names), "rows": sum(sizes), "dropped": len(dropped)}
+    return {
+        "clients": len(names),
+        "rows": sum(sizes),
+        "dropped": len(dropped),
+        "rows_dropped": lost,
+    }
 
 
 def _write_rows(file: Path, clients: Iterable[ClientRows], width: int) -> None:

@@ -67,8 +67,9 @@ class Coordinator:
         self._events = _Events()
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
-        stream = CohortStream(job.federation) if job.streams else None
-        self._rounds = Rounds(job, RayExecutor(hosts, device, stream=stream), folder, watching)
+        self._stream = CohortStream(job.federation) if job.streams else None
+        executor = RayExecutor(hosts, device, stream=self._stream)
+        self._rounds = Rounds(job, executor, folder, watching)
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left; returns the summary, nothing when told to stop."""
@@ -80,6 +81,8 @@ class Coordinator:
     def stop(self) -> None:
         """Ends `run` as soon as it can, the last finished round saved."""
         self._rounds.stop()
+        if self._stream is not None:
+            self._stream.close()  # nobody waits for rows any more
 
     def events(self) -> list[Event]:
         """What happened since the last call; nothing unless `followed`."""

@@ -50,4 +50,6 @@ def start_hosts(
     """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
     actor: Any = ClientHost
-    return [actor.options(**options).remote(work, federation, device) for _ in range(count)]
+    # Put once: word vectors in the work, or rows in the federation, may be large.
+    shared = ray.put(work), ray.put(federation)
+    return [actor.options(**options).remote(*shared, device) for _ in range(count)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_reader import Lines, parsed
 
-from subfleet.core.errors import InputError
+from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets import Store
 from subfleet.datasets.parallel import parse_all
 from subfleet.datasets.prepare import prepare
@@ -64,3 +64,12 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     prepare(Lines(die_at="2.txt"), source, tmp_path / "out", parse_all=parse_all)
     names = [name for name, _ in parsed(source)]
     assert names.count("2.txt") == 2 and Store(tmp_path / "out").num_clients == 20
+
+
+def test_a_shard_that_kills_every_worker_ends_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", 2)
+    (source / "die").write_text("each time")
+    with pytest.raises(RunFailed, match="a worker that parses died four times"):
+        prepare(Lines(die_at="1.txt"), source, tmp_path / "out", parse_all=parse_all)
+    assert [name for name, _ in parsed(source)].count("1.txt") == 4
+    assert not (tmp_path / "out").exists()

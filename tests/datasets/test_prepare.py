@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from toy_reader import Lines, parsed
 
-from subfleet.core.errors import InputError
+from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets import Store
 from subfleet.datasets.prepare import PAGE_ROWS, prepare
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
@@ -119,6 +120,58 @@ def test_a_client_with_one_row_is_left_out_and_named(source: Path) -> None:
     prepare(Lines(), source, source.parent / "store")
     data = Store(source.parent / "store")
     assert data.dropped == ["zoe"] and data.num_clients == 3
+
+
+def test_two_at_a_time_do_not_hurt_each_other(source: Path) -> None:
+    script = f"""
+        import sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        from toy_reader import Lines
+        from subfleet.datasets.prepare import prepare
+        class Slow(Lines):
+            def read(self, shard, faults):
+                time.sleep(0.2)
+                return super().read(shard, faults)
+        source = Path({str(source)!r})
+        prepare(Slow(), source, source.parent / "store")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(parsed(source)) == 3, "the second finds the store of the first"
+    assert Store(source.parent / "store").num_clients == 3 and not list(source.parent.glob(".*"))
+
+
+def test_what_everything_was_left_out_for_is_said(source: Path) -> None:
+    for file in source.glob("*.txt"):
+        file.write_text("bob 7 1\n")
+    with pytest.raises(InputError, match=r"no rows .* 3 x unknown label: .*a\.txt, line 1"):
+        prepare(Lines(), source, source.parent / "store", skip_bad=True)
+    assert not list(source.parent.glob("*store*")) and not list(source.parent.glob(".*"))
+
+
+class Unwell(Lines):
+    """Raises what it is told to, from the disk or from the source."""
+
+    def read(self, shard: Shard, faults: Faults):
+        raise PermissionError(13, "Permission denied", str(shard.path))
+
+
+def test_a_source_that_cannot_be_read_is_blamed_itself(source: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.txt cannot be read \(.*Permission denied"):
+        prepare(Unwell(), source, source.parent / "store")
+
+
+def test_a_full_disk_is_said_from_the_worker_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(RunFailed, match="is full; free some space"):
+        prepare(Lines(), source, source.parent / "store")
 
 
 class Pool:

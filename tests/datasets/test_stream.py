@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,9 +115,35 @@ def test_what_reading_raises_reaches_who_waits(error, raised, message) -> None:
     stream.close()
 
 
-def test_a_closed_stream_lets_nobody_wait(store: Store, tmp_path: Path) -> None:
+def test_a_closed_stream_lets_nobody_wait(store: Store) -> None:
     stream = CohortStream(store)
     stream.begin(upcoming, 1, 1)
     stream.close()
-    with pytest.raises(RunFailed, match="closed"):
-        stream.blocks(2, np.arange(3), "train")
+    assert stream.blocks(2, np.arange(3), "train") == []
+
+
+def test_clients_that_were_not_announced_are_left_to_who_asks(store: Store) -> None:
+    import ray
+
+    stream = CohortStream(store)
+    stream.begin(lambda round: Upcoming(np.arange(6), ("train",)), 1, 2)
+    assert stream.blocks(1, np.array([2, 30]), "train") == []
+    twice = ray.get(stream.blocks(2, np.array([3, 3]), "train"))
+    assert len(to_block(twice, np.array([3]), store.input_shape).y) == 8
+    stream.close()
+
+
+def test_rounds_that_read_nothing_are_passed_over(store: Store) -> None:
+    stream = CohortStream(store)
+    stream.begin(lambda round: Upcoming(np.arange(6), ("train",) if round > 30 else ()), 1, 31)
+    assert len(stream.blocks(31, np.arange(6), "train")) == 1
+    stream.close()
+
+
+def test_a_starved_stream_gives_up(store: Store) -> None:
+    stream = CohortStream(store, patience_s=1.0)
+    # Announced, but never begun: as if no task ever found a core.
+    started = time.monotonic()
+    assert stream.blocks(1, np.arange(3), "train") == []
+    assert 1.0 < time.monotonic() - started < 10
+    assert stream.blocks(2, np.arange(3), "train") == []
