@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +45,7 @@ WORKLOADS = {
     "small CNN": ("small_cnn", 1_000, 125, 100, 20),
     "logistic regression": ("logreg", 10_000, 63, 1_000, 10),
 }
+WAYS = ("memory", "streamed", "mapped")
 SMALL_STORE = 100 << 20  # bytes of the object store for the large data set
 
 
@@ -120,12 +121,12 @@ def run(workload: str, way: str, rounds: int, store: Path) -> tuple[float, str]:
     return statistics.mean(totals[WINDOW_ROUNDS:]), ended.summary["params_sha256"]
 
 
-def compare(repeats: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def compare(repeats: int, rounds: int, ways: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Seconds a round of every workload and way."""
     found: dict[str, dict[str, list[float]]] = {}
     for workload, (_, clients, samples, _, _) in WORKLOADS.items():
         store = make_store(clients, samples)
-        times: dict[str, list[float]] = {"memory": [], "streamed": [], "mapped": []}
+        times: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(repeats):
             digests = set()
             # In turn, each first in some repeat: the machine's speed drifts.
@@ -152,15 +153,19 @@ class Memory(threading.Thread):
             self.samples.append(sum(_pss(pid) for pid in _processes()))
 
 
-def _processes() -> Iterator[int]:
-    own = os.getuid()
+def _processes() -> set[int]:
+    """This process and all below it."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line = (folder / "cmdline").read_bytes()
-            if folder.stat().st_uid == own and (b"ray" in line or folder.name == str(os.getpid())):
-                yield int(folder.name)
+            stat = (folder / "stat").read_text()
         except OSError:
             continue  # it ended while we looked
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
 
 
 def _pss(pid: int) -> int:
@@ -229,24 +234,23 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=48, help="more than 16")
     arguments.add_argument("--large-rounds", type=int, default=100)
     arguments.add_argument("--skip-large", action="store_true")
+    arguments.add_argument("--skip-mapped", action="store_true")
     arguments.add_argument("--json", action="store_true")
     options = arguments.parse_args()
     with ray_session(None):
-        found = compare(options.repeats, options.rounds)
+        found = compare(options.repeats, options.rounds, WAYS[: 2 if options.skip_mapped else 3])
     big = None if options.skip_large else large(options.large_rounds)
     if options.json:
         print(json.dumps({"seconds": found, "large": big}))
         return
-    print(
-        "| workload | memory, s a round | streamed | mapped | streamed / memory | mapped / memory |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    ways = list(next(iter(found.values())))
+    heads = ["workload", *(f"{way}, s a round" for way in ways)]
+    print(f"| {' | '.join([*heads, *(f'{way} / memory' for way in ways[1:])])} |")
+    print(f"| --- |{' ---: |' * (2 * len(ways) - 1)}")
     for workload, times in found.items():
-        middle = {way: statistics.median(values) for way, values in times.items()}
-        cells = [f"{middle[way]:.3f}" for way in times]
-        for way in ("streamed", "mapped"):
-            pairs = zip(times[way], times["memory"], strict=True)
-            ratios = sorted(a / b for a, b in pairs)
+        cells = [f"{statistics.median(times[way]):.3f}" for way in ways]
+        for way in ways[1:]:
+            ratios = sorted(a / b for a, b in zip(times[way], times["memory"], strict=True))
             cells.append(f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f})")
         print(f"| {workload} | {' | '.join(cells)} |")
     if big is not None:
