@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from subfleet.core.errors import InputError
 from subfleet.core.scaling import SIGNED
 from subfleet.datasets import leaf
+from subfleet.datasets.archives import Folder, Missing, Unreadable
 from subfleet.datasets.federation import checked_number
+from subfleet.datasets.images import decode
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
 
 NUM_CLASSES = 2
@@ -110,28 +111,22 @@ class CelebA:
         self, folder: Path, files: tuple[str, ...], faults: Faults
     ) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [sound, 3, size, size], and which of the files are sound, bool [files]."""
-        images = [self._image(folder / file, faults) for file in files]
+        images = [self._image(folder, file, faults) for file in files]
         sound = np.array([image is not None for image in images], dtype=bool)
         x = np.empty((int(sound.sum()), 3, self.size, self.size), np.uint8)
         for row, image in zip(x, (image for image in images if image is not None), strict=True):
             row[:] = image
         return x, sound
 
-    def _image(self, file: Path, faults: Faults) -> np.ndarray | None:
+    def _image(self, folder: Path, file: str, faults: Faults) -> np.ndarray | None:
         try:
-            with Image.open(file) as image:
-                small = image.convert("RGB").resize(
-                    (self.size, self.size), Image.Resampling.BILINEAR
-                )
-        except FileNotFoundError:
-            faults.found("missing image", f"{file} is not there; unpack {FOLDER}.zip again")
-        # What a damaged file makes Pillow raise depends on where the damage is.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            message = f"{file} cannot be decoded ({error}); it is cut short or damaged"
-            faults.found("unreadable image", f"{message}: unpack {FOLDER}.zip again")
-        else:
-            return np.asarray(small).transpose(2, 0, 1)
-        return None
+            return decode(Folder(folder).read(file), self.size)
+        except Missing:
+            message = f"{folder / file} is not there; unpack {FOLDER}.zip again"
+            return faults.found("missing image", message)
+        except Unreadable as error:
+            message = f"{folder / file} cannot be decoded ({error}); it is cut short or damaged"
+            return faults.found("unreadable image", f"{message}: unpack {FOLDER}.zip again")
 
     def _people(self, shard: Shard, faults: Faults) -> list[Person]:
         """The clients of the publisher's lists, by number of identity."""
@@ -190,7 +185,8 @@ def _lists(source: Path, folder: Path) -> Shard:
     for place in (source, source / "raw"):
         if (place / IDENTITIES).is_file() and (place / ATTRIBUTES).is_file():
             items = (str(place / ATTRIBUTES), str(folder))
-            return Shard(IDENTITIES, place / IDENTITIES, items=items)
+            files = (place / ATTRIBUTES, folder)
+            return Shard(IDENTITIES, place / IDENTITIES, items=items, files=files)
     raise InputError(
         f"{source} has neither LEAF's JSON files nor {IDENTITIES} and {ATTRIBUTES}, nor has "
         f"{source / 'raw'}; give the folder that holds them"
@@ -207,7 +203,8 @@ def _shards_of(people: list[Person], listed: Shard, folder: Path) -> list[Shard]
         held += len(person.files)
         if held >= _SHARD_IMAGES or number == len(people) - 1:
             name = f"{listed.name} images {len(found)}"
-            found.append(Shard(name, folder, listed.from_test, tuple(waiting)))
+            files = (listed.path, *listed.files)
+            found.append(Shard(name, folder, listed.from_test, tuple(waiting), files))
             waiting, held = [], 0
     return found
 

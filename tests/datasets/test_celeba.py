@@ -166,6 +166,41 @@ def test_bad_rows_of_json_are_faults(tmp_path, case):
     assert len(client.y) == len(client.x) == 1 and faults.counts == {kind: 1}
 
 
+def _eps(file):
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "large"])
+def test_other_formats_and_huge_images_are_not_decoded(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "img_align_celeba"
+    _images(folder, 1)
+    if kind == "EPS":
+        _eps(folder / "000002.jpg")
+    else:
+        pixels = np.zeros((9, 9, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "000002.jpg", "TIFF" if kind == "TIFF" else "PNG")
+    monkeypatch.setattr("subfleet.datasets.images.MAX_PIXELS", 80)
+    _json(tmp_path, {"9": (["000001.jpg", "000002.jpg"], [0, 1])})
+    with pytest.raises(
+        InputError, match=r"000002\.jpg cannot be decoded \((no image|9 x 9 pixels)"
+    ):
+        read(CelebA(size=4), tmp_path)
+    faults = Faults(skip=True)
+    assert len(read(CelebA(size=4), tmp_path, faults)[0].y) == 1
+    assert faults.counts == {"unreadable image": 1}
+
+
+def test_shards_of_images_depend_on_the_lists(lists, tmp_path):
+    folder = tmp_path / "img_align_celeba"
+    files = (tmp_path / "identity_CelebA.txt", tmp_path / "list_attr_celeba.txt", folder)
+    listed, images = CelebA(min_images=2).shards(lists)
+    assert (listed.path, listed.files) == (files[0], files[1:])
+    assert (images.path, images.files) == (folder, files)
+    _json(tmp_path, {"9": (["000001.jpg"], [0])})
+    _, images = CelebA().shards(tmp_path)
+    assert images.files == (tmp_path / "all_data.json",)
+
+
 def test_damaged_json_is_found_once(tmp_path):
     _json(tmp_path, {"9": (["000001.jpg"], [0]), "8": ([], [])})
     _images(tmp_path / "img_align_celeba", 1)
