@@ -9,13 +9,13 @@ mini-imagenet-cache-<part>.pkl holds {"image_data": uint8 [n, 84, 84, 3],
 
 from __future__ import annotations
 
-import csv
+import codecs
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,8 @@ class MiniImagenet:
     filename,label or class_name,image_name) and images/, or with the three caches.
     Its lists part classes, not images, so no class has a test part of its own: all
     rows are in the train pool. `parts` chooses lists; labels are places among their
-    classes, sorted. Images are resized to `size`. The set has no clients of its own.
+    classes, sorted; a list or cache that is left out as damaged brings none. Images
+    are resized to `size`. The set has no clients of its own.
     """
 
     size: int = 84
@@ -66,41 +67,51 @@ class MiniImagenet:
         return "mini_imagenet"
 
     def shards(self, source: Path) -> list[Shard]:
-        """About 1,000 rows each of one list or cache."""
-        files = self._files(source)
-        if files[0].suffix == ".csv" and _image_folder(source) is None:
+        """About 1,000 rows each of one list or cache; one for a damaged file, which tells of it."""
+        contents = _look(self._files(source))
+        images = _image_folder(source)
+        if next(iter(contents)).suffix == ".csv" and images is None:
             raise InputError(
-                f"{source} has the lists {', '.join(f.name for f in files)} but no folder images/ "
-                "with what they list; put the images of mini-ImageNet there"
+                f"{source} has the lists {', '.join(f.name for f in contents)} but no folder "
+                "images/ with what they list; put the images of mini-ImageNet there"
             )
-        return [
-            Shard(f"{file.stem}/{start}", file, False, (start, classes))
-            for classes in (self._classes(files),)
-            for file in files
-            for start in range(0, _count(file), PER_SHARD)
-        ]
+        classes = _classes(contents)
+        shards = []
+        for file, found in contents.items():
+            if found.fault:
+                shards.append(Shard(f"{file.stem}/0", file, False, (found.fault,)))
+            for start in range(0, found.rows, PER_SHARD):
+                items, files = (start, classes), _folders(file, images, found.classes)
+                shards.append(Shard(f"{file.stem}/{start}", file, False, items, files))
+        return shards
 
     def layout(self, source: Path) -> Layout:
         """See `Reader`."""
-        classes = self._classes(self._files(source))
+        classes = _classes(_look(self._files(source)))
         shape = (3, self.size, self.size)
         return Layout(len(classes), shape, scale=SIGNED, natural=False, spread=True)
 
     def read(self, shard: Shard, faults: Faults) -> Iterator[ClientRows]:
         """The shard's rows.
 
-        Faults, each of a row: "wrong columns", "unknown label", "missing image",
-        "unreadable image" of a list; "unknown label" of a cache.
+        Faults: "cut file", "forbidden pickle", "wrong columns" leave a list or cache
+        out, and its classes; each of a row: "wrong columns", "missing image",
+        "unreadable image" of a list, "duplicate image" of a cache, "unknown label".
         """
+        if isinstance(shard.items[0], _Fault):
+            return faults.found(*shard.items[0])
         start, classes = shard.items
         labels = {name: label for label, name in enumerate(classes)}
-        if shard.path.suffix == ".csv":
-            images = _image_folder(shard.path.parent)
-            assert images is not None  # `shards` has looked
-            items = _listed(shard.path, start, images, labels, faults)
-            yield from read_images(Folder(images), images, items, self.size, False, faults)
-        else:
-            yield from self._cached(shard.path, start, labels, faults)
+        try:
+            if shard.path.suffix == ".csv":
+                images = _image_folder(shard.path.parent)
+                assert images is not None  # `shards` has looked
+                items = _listed(shard.path, start, images, labels, faults)
+                yield from read_images(Folder(images), images, items, self.size, False, faults)
+            else:
+                yield from self._cached(shard.path, start, labels, faults)
+        except _Damaged as error:  # since `shards` looked
+            faults.found(*error.fault)
 
     def _files(self, source: Path) -> list[Path]:
         """The caches or, where there are none, the lists of the chosen parts."""
@@ -116,58 +127,129 @@ class MiniImagenet:
             f"of data.parts = {self.parts!r}, or choose fewer parts"
         )
 
-    def _classes(self, files: list[Path]) -> tuple[str, ...]:
-        """All classes of the files, sorted."""
-        names: set[str] = set()
-        for file in files:
-            names |= _listed_classes(file) if file.suffix == ".csv" else set(_cache(file)[1])
-        if not names:
-            raise InputError(f"{files[0].parent}: the lists name no class; fetch them again")
-        return tuple(sorted(names))
-
     def _cached(
         self, file: Path, start: int, labels: dict[str, int], faults: Faults
     ) -> Iterator[ClientRows]:
         pixels, classes = _cache(file)
         stop = min(start + PER_SHARD, len(pixels))
         y = np.full(len(pixels), -1)
+        again = np.zeros(len(pixels), bool)
         for name, rows in classes.items():
+            rows = np.unique(rows)
+            again[rows[y[rows] >= 0]] = True
             y[rows] = labels[name]
+        for row in np.flatnonzero(again[start:stop]) + start:
+            named = " and ".join(repr(name) for name, rows in classes.items() if row in rows)
+            faults.found(
+                "duplicate image",
+                f"{file}, image {row} is in the classes {named} of 'class_dict'; "
+                "it must be in one: correct it",
+            )
         for row in np.flatnonzero(y[start:stop] < 0) + start:
             faults.found(
                 "unknown label", f"{file}, image {row} is in no class of 'class_dict'; correct it"
             )
-        good = np.flatnonzero(y[start:stop] >= 0) + start
+        good = np.flatnonzero((y[start:stop] >= 0) & ~again[start:stop]) + start
         if len(good):
             x = np.stack([resize(pixels[row], self.size) for row in good])
             yield pool_rows(x, y[good], False)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+class _Fault(NamedTuple):
+    """What `Faults.found` takes."""
+
+    kind: str
+    message: str
+
+
+class _Damaged(Exception):
+    """A list or cache of which nothing can be used."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.fault = _Fault(kind, message)
+
+
+class _Contents(NamedTuple):
+    """A list's or cache's rows and classes; neither where it is damaged."""
+
+    rows: int
+    classes: frozenset[str]
+    fault: _Fault | None = None
+
+
+def _look(files: list[Path]) -> dict[Path, _Contents]:
+    return {file: _contents(file) for file in files}
+
+
+def _contents(file: Path) -> _Contents:
+    try:
+        if file.suffix == ".pkl":
+            pixels, indices = _cache(file)
+            return _Contents(len(pixels), frozenset(indices))
+        rows = [row for _, row in _rows(file)]
+    except _Damaged as error:
+        return _Contents(0, frozenset(), error.fault)
+    named = {row[1] for row in rows if len(row) == 2 and _WNID.fullmatch(row[1])}
+    return _Contents(len(rows), frozenset(named))
+
+
+def _classes(contents: dict[Path, _Contents]) -> tuple[str, ...]:
+    """All classes of the sound files, sorted; InputError where there is none."""
+    names = frozenset[str]().union(*(found.classes for found in contents.values()))
+    if not names:
+        for found in contents.values():
+            if found.fault:
+                raise InputError(found.fault.message)
+        folder = next(iter(contents)).parent
+        raise InputError(f"{folder}: the lists name no class; fetch them again")
+    return tuple(sorted(names))
+
+
+def _folders(file: Path, images: Path | None, classes: frozenset[str]) -> tuple[Path, ...]:
+    """The folders that a list's images lie in; none for a cache."""
+    if file.suffix != ".csv" or images is None:
+        return ()
+    nested = [images / name for name in sorted(classes)]
+    return (images, *(folder for folder in nested if folder.is_dir()))
 
 
 # --- lists ---------------------------------------------------------------------------------------
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """The data rows of a list with their lines' numbers from 1, (file, class) columns first."""
+    """The rows of a list with their lines' numbers from 1, (file, class) columns first.
+
+    A line is a row, and a comma parts columns: no name has a quote, so that an open
+    one spoils its own line alone. A line that is no UTF-8 is one column.
+    """
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            reader = csv.reader(stream)
-            header = tuple(next(reader, ()))
+        with file.open("rb") as stream:
+            header = tuple(_columns(next(stream, b"").removeprefix(codecs.BOM_UTF8)))
             if header not in _HEADERS:
                 known = " or ".join(",".join(names) for names in _HEADERS)
-                raise InputError(
+                raise _Damaged(
+                    "wrong columns",
                     f"{file}, line 1 is {','.join(header)[:60]!r}, not {known}; "
-                    "give the lists of Ravi and Larochelle"
+                    "give the lists of Ravi and Larochelle",
                 )
             image, label = _HEADERS[header]
-            for row in reader:
-                whole = [row[image], row[label]] if len(row) == 2 else row
-                yield reader.line_num, whole
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file} cannot be read ({error}); fetch it again") from None
+            for number, line in enumerate(stream, start=2):
+                row = _columns(line)
+                yield number, [row[image], row[label]] if len(row) == 2 else row
+    except OSError as error:
+        message = f"{file} cannot be read ({error}); check its permissions"
+        raise _Damaged("cut file", message) from None
 
 
-def _listed_classes(file: Path) -> set[str]:
-    return {row[1] for _, row in _rows(file) if len(row) == 2 and _WNID.fullmatch(row[1])}
+def _columns(line: bytes) -> list[str]:
+    try:
+        return line.rstrip(b"\r\n").decode().split(",")
+    except UnicodeDecodeError:
+        return [line.decode("latin-1")]
 
 
 def _listed(
@@ -179,7 +261,8 @@ def _listed(
         if len(row) != 2 or not is_inside(row[0]):
             faults.found(
                 "wrong columns",
-                f"{where} is {','.join(row)[:60]!r}, not an image's name and its class; correct it",
+                f"{where} is {','.join(row)[:60]!r}, not an image's name and its class, "
+                "in UTF-8; correct it",
             )
         elif row[1] not in labels:
             faults.found(
@@ -208,20 +291,23 @@ def _cache(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     try:
         data = load_pickle(map_file(file), file)
     except BadPickle as error:
-        raise InputError(str(error)) from None
+        raise _Damaged(error.kind, str(error)) from None
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error}); check its permissions") from None
+        message = f"{file} cannot be read ({error}); check its permissions"
+        raise _Damaged("cut file", message) from None
     pixels, classes = (
         (data.get("image_data"), data.get("class_dict")) if isinstance(data, dict) else (None, None)
     )
     if not isinstance(pixels, np.ndarray) or not isinstance(classes, dict):
-        raise InputError(
-            f"{file} has no array 'image_data' or no 'class_dict'; give mini-ImageNet's caches"
+        raise _Damaged(
+            "wrong columns",
+            f"{file} has no array 'image_data' or no 'class_dict'; give mini-ImageNet's caches",
         )
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        raise InputError(
+        raise _Damaged(
+            "wrong columns",
             f"{file}: 'image_data' is {pixels.dtype} {list(pixels.shape)}, "
-            "not uint8 [n, 84, 84, 3]; give mini-ImageNet's caches"
+            "not uint8 [n, 84, 84, 3]; give mini-ImageNet's caches",
         )
     return pixels, {
         _class_name(name, file): _indices(rows, name, len(pixels), file)
@@ -233,7 +319,8 @@ def _class_name(name: Any, file: Path) -> str:
     if isinstance(name, bytes):
         name = name.decode("latin1")
     if not isinstance(name, str):
-        raise InputError(f"{file}: class {name!r:.40} of 'class_dict' is no string; correct it")
+        message = f"{file}: class {name!r:.40} of 'class_dict' is no string; correct it"
+        raise _Damaged("wrong columns", message)
     return name
 
 
@@ -242,12 +329,9 @@ def _indices(rows: Any, name: Any, count: int, file: Path) -> np.ndarray:
     if found.size == 0:
         return np.empty(0, np.int64)
     if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= count:
-        raise InputError(
+        raise _Damaged(
+            "wrong columns",
             f"{file}: the indices of class {name!r} are not whole numbers in 0..{count - 1}; "
-            "fetch the file again"
+            "fetch the file again",
         )
     return found.astype(np.int64)
-
-
-def _count(file: Path) -> int:
-    return sum(1 for _ in _rows(file)) if file.suffix == ".csv" else len(_cache(file)[0])

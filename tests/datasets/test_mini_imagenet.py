@@ -106,14 +106,32 @@ def test_wrong_columns_of_a_list(tmp_path, header):
     write_lists(tmp_path)
     (tmp_path / "val.csv").write_text(f"{header}\na.jpg,n00000001\n")
     with pytest.raises(InputError, match=r"val\.csv, line 1 is .*not filename,label or class_name"):
-        MiniImagenet().shards(tmp_path)
+        read(MiniImagenet(), tmp_path)
+    faults = Faults(skip=True)
+    assert read(MiniImagenet(), tmp_path, faults)[1].tolist() == [2, 2, 0, 0, 1, 1]
+    assert faults.counts == {"wrong columns": 1}
+    with pytest.raises(InputError, match=r"val\.csv, line 1 is"):
+        MiniImagenet(parts=("val",)).shards(tmp_path)
 
 
-def test_a_list_that_is_no_text(tmp_path):
+@pytest.mark.parametrize("bad", [b"\xff\xfe,n00000004", b'"n0000000400000000.jpg', b"\x00"])
+def test_a_line_that_cannot_be_read_spoils_itself_alone(tmp_path, bad):
     write_lists(tmp_path)
-    (tmp_path / "val.csv").write_bytes(b"filename,label\n\xff\xfe\n")
-    with pytest.raises(InputError, match=r"val\.csv cannot be read"):
-        MiniImagenet().shards(tmp_path)
+    first, *rest = (tmp_path / "val.csv").read_bytes().splitlines()
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "val.csv").write_bytes(bom + b"\r\n".join([first, bad, *rest, b""]))
+    with pytest.raises(InputError, match=r"val\.csv, line 2 is .*not an image's name"):
+        read(MiniImagenet(), tmp_path)
+    faults = Faults(skip=True)
+    assert len(read(MiniImagenet(), tmp_path, faults)[1]) == 8
+    assert faults.counts == {"wrong columns": 1}
+
+
+def test_shards_of_lists_depend_on_the_images_folders(tmp_path):
+    write_lists(tmp_path, nested=True)
+    shard = MiniImagenet().shards(tmp_path)[0]
+    folders = [tmp_path / "images" / name for name in ("", "n00000001", "n00000003")]
+    assert shard.path.name == "train.csv" and list(shard.files) == folders
 
 
 def test_rows_of_a_list_that_cannot_be_used(tmp_path):
@@ -190,29 +208,76 @@ def changed(**values):
 
 
 BAD_CACHES = {
-    "forbidden": (changed(more=_Runs()), r"asks for 'posix\.system'"),
-    "cut": (pickle.dumps(caches()["val"], 4)[:-100], "cut short"),
-    "cut pixels": (pickle.dumps(caches(60)["val"], 4)[:1_000_000], "cut short"),
-    "empty": (b"", "cut short"),
-    "a list": ([1], "no array 'image_data'"),
-    "no classes": ({"image_data": np.zeros((1, 84, 84, 3), np.uint8)}, "no 'class_dict'"),
-    "grey": (changed(image_data=np.zeros((3, 84, 84), np.uint8)), r"uint8 \[3, 84, 84\]"),
-    "floats": (changed(image_data=np.zeros((3, 84, 84, 3))), "float64"),
-    "beyond": (changed(class_dict={"n00000004": [3]}), r"not whole numbers in 0\.\.2"),
-    "below": (changed(class_dict={"n00000004": [-1]}), r"not whole numbers in 0\.\.2"),
-    "words": (changed(class_dict={"n00000004": ["a"]}), "not whole numbers"),
-    "no list": (changed(class_dict={"n00000004": 3}), "not whole numbers"),
-    "names": (changed(class_dict={4: [0]}), "class 4 of 'class_dict' is no string"),
+    "forbidden": (changed(more=_Runs()), "forbidden pickle", r"asks for 'posix\.system'"),
+    "cut": (pickle.dumps(caches()["val"], 4)[:-100], "cut file", "cut short"),
+    "cut pixels": (pickle.dumps(caches(60)["val"], 4)[:1_000_000], "cut file", "cut short"),
+    "empty": (b"", "cut file", "cut short"),
+    "a list": ([1], "wrong columns", "no array 'image_data'"),
+    "no classes": (
+        {"image_data": np.zeros((1, 84, 84, 3), np.uint8)},
+        "wrong columns",
+        "no 'class_dict'",
+    ),
+    "grey": (
+        changed(image_data=np.zeros((3, 84, 84), np.uint8)),
+        "wrong columns",
+        r"uint8 \[3, 84, 84\]",
+    ),
+    "floats": (changed(image_data=np.zeros((3, 84, 84, 3))), "wrong columns", "float64"),
+    "beyond": (
+        changed(class_dict={"n00000004": [3]}),
+        "wrong columns",
+        r"not whole numbers in 0\.\.2",
+    ),
+    "below": (
+        changed(class_dict={"n00000004": [-1]}),
+        "wrong columns",
+        r"not whole numbers in 0\.\.2",
+    ),
+    "words": (changed(class_dict={"n00000004": ["a"]}), "wrong columns", "not whole numbers"),
+    "no list": (changed(class_dict={"n00000004": 3}), "wrong columns", "not whole numbers"),
+    "names": (
+        changed(class_dict={4: [0]}),
+        "wrong columns",
+        "class 4 of 'class_dict' is no string",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CACHES)
-def test_bad_caches_are_refused(tmp_path, case):
-    cache, message = BAD_CACHES[case]
+def test_bad_caches_are_told_or_left_out(tmp_path, case):
+    cache, kind, message = BAD_CACHES[case]
     write_caches(tmp_path, caches() | {"val": cache})
-    for look in (MiniImagenet().shards, MiniImagenet().layout):
-        with pytest.raises(InputError, match=rf"mini-imagenet-cache-val\.pkl.*{message}"):
+    message = rf"mini-imagenet-cache-val\.pkl.*{message}"
+    with pytest.raises(InputError, match=message):
+        read(MiniImagenet(), tmp_path)
+    faults = Faults(skip=True)
+    assert read(MiniImagenet(), tmp_path, faults)[1].tolist() == [2] * 3 + [0] * 3 + [1] * 3
+    assert faults.counts == {kind: 1} and MiniImagenet().layout(tmp_path).num_classes == 3
+    alone = MiniImagenet(parts=("val",))
+    for look in (alone.shards, alone.layout):
+        with pytest.raises(InputError, match=message):
             look(tmp_path)
+
+
+def test_a_cache_damaged_after_it_was_listed_is_a_fault(tmp_path):
+    write_caches(tmp_path, caches())
+    shard = MiniImagenet().shards(tmp_path)[0]
+    os.truncate(shard.path, 1000)
+    with pytest.raises(InputError, match="cut short"):
+        list(MiniImagenet().read(shard, Faults()))
+
+
+def test_an_image_of_two_classes_is_left_out(tmp_path):
+    twice = {"n00000004": [0, 0, 1], "n00000009": [1, 2]}
+    write_caches(tmp_path, {"val": changed(class_dict=twice)})
+    reader = MiniImagenet(parts=("val",))
+    with pytest.raises(InputError, match="image 1 is in the classes 'n00000004' and 'n00000009'"):
+        read(reader, tmp_path)
+    faults = Faults(skip=True)
+    x, y = read(reader, tmp_path, faults)
+    assert y.tolist() == [0, 1] and x[:, 0, 0, 0].tolist() == [30, 32]
+    assert faults.counts == {"duplicate image": 1}
 
 
 def test_an_image_of_no_class_is_left_out(tmp_path):
