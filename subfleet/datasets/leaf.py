@@ -272,7 +272,8 @@ class _Text:
                 position = self.before + error.pos
                 if not self.more():
                     raise self.cut(error.msg, position) from None
-            except RecursionError as error:
+            # Too deep, or an integer of thousands of digits, which Python does not convert.
+            except (RecursionError, ValueError) as error:
                 raise _Damaged(f"{self.file} cannot be decoded ({error}); {_CUT}") from None
             else:
                 # A number may go on beyond what is read so far, by "e-1" say.

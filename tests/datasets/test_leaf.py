@@ -167,3 +167,15 @@ def test_a_folder_without_files_is_an_input_error(tmp_path):
         leaf.shards(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         leaf.shards(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("digits", [4_300, 5_000])
+def test_an_integer_of_thousands_of_digits_is_damage(read, digits):
+    text = json.dumps(_with()).replace("[0, 1]", f"[0, {'9' * digits}]")
+    if digits == 4_300:  # as long as Python still converts
+        assert [user.name for user in read(text)] == ["a", "b"]
+        return
+    with pytest.raises(InputError, match=r"all\.json cannot be decoded .*digits"):
+        read(text)
+    faults = Faults(skip=True)
+    assert read(text, faults) == [] and faults.counts == {"damaged file": 1}
