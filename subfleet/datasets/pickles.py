@@ -157,6 +157,25 @@ for _builtins in ("builtins", "__builtin__"):
         _NAMES[_builtins, _type.__name__] = _type
 
 
+class _Memo(dict[int, Any]):
+    """What a pickle may name again, and under which numbers what is pending stands there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: dict[int, list[int]] = {}
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value)
+        if isinstance(value, _Pending):
+            self._keys.setdefault(id(value), []).append(key)
+
+    def complete(self, old: _Pending, new: Any) -> None:
+        """Puts `new` where `old` stands, without a look at the other entries."""
+        for key in self._keys.pop(id(old), ()):
+            if self[key] is old:  # an entry may have been overwritten since
+                super().__setitem__(key, new)
+
+
 # The standard library's unpickler in Python: unlike the one in C its steps can be replaced.
 _Steps: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -169,6 +188,7 @@ class _Unpickler(_Steps):
         self._stream = buffer if isinstance(buffer, mmap.mmap) else io.BytesIO(buffer)
         self._stream.seek(0)
         super().__init__(self._stream, encoding="latin1")
+        self.memo = _Memo()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -198,9 +218,7 @@ class _Unpickler(_Steps):
                 raise _Forbidden(f"an array of records {state!r:.60}")
             new = np.dtype(old.code).newbyteorder(state[1])
         self.stack[-1] = new
-        for key, value in self.memo.items():
-            if value is old:
-                self.memo[key] = new
+        self.memo.complete(old, new)
 
     dispatch[pickle.BUILD[0]] = load_build
 

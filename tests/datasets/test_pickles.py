@@ -7,6 +7,7 @@ import mmap
 import os
 import pickle
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -192,3 +193,26 @@ def test_damaged_bytes_never_do_anything_else():
                 load_pickle(damaged, "a")
             except BadPickle:
                 continue
+
+
+def test_many_arrays_take_time_in_proportion_to_their_number():
+    def seconds(number):
+        data = pickle.dumps([np.full(1, n % 256, np.uint8) for n in range(number)], 2)
+        start = time.process_time()
+        found = load_pickle(data, "a")
+        taken = time.process_time() - start
+        assert [array[0] for array in found[:: number // 3]] == [
+            n % 256 for n in range(number)[:: number // 3]
+        ]
+        return taken
+
+    # Twelve times as many take some twelve times as long, not a hundred and more.
+    assert seconds(12_000) < 50 * max(seconds(1_000), 0.002)
+
+
+def test_what_was_memoized_before_its_state_came_is_whole_afterwards():
+    array = np.arange(3, dtype=np.uint8)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        first, second, kind = load_pickle(pickle.dumps([array, array, array.dtype], protocol), "a")
+        assert first is second and kind == np.uint8
+        np.testing.assert_array_equal(first, array)
