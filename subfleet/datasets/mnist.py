@@ -62,7 +62,7 @@ class Mnist:
         for part, from_test in (("train", False), ("t10k", True)):
             images, labels = (file for name, file in files.items() if name.startswith(part))
             if images and labels:
-                parts.append(Shard(part, images, from_test, (labels.name,)))
+                parts.append(Shard(part, images, from_test, (labels.name,), (labels,)))
         if not parts:
             raise InputError(
                 f"{source} lacks MNIST's idx files ({', '.join(missing)}, or with .gz); "

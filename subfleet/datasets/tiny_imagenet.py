@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subfleet.core.errors import InputError
@@ -70,7 +70,7 @@ class TinyImagenet:
                 f"{path} has no images in train/<wnid>/images/ or val/images/; "
                 "give tiny-imagenet-200 as published"
             )
-        return shards
+        return [replace(shard, files=_files(shard)) for shard in shards]
 
     def layout(self, source: Path) -> Layout:
         """See `Reader`."""
@@ -95,6 +95,18 @@ class TinyImagenet:
             if _is_known(wnid, labels, where, faults)
         )
         yield from read_images(tree, shard.path, items, self.size, shard.from_test, faults)
+
+
+def _files(shard: Shard) -> tuple[Path, ...]:
+    """The lists that a shard of a folder depends on, and its images' folders; an archive's none."""
+    root = shard.path
+    if not root.is_dir():
+        return ()
+    if shard.from_test:
+        below = ["val/val_annotations.txt", "val/images"]
+    else:
+        below = sorted({f"train/{name}".rpartition("/")[0] for name in shard.items})
+    return tuple(root / name for name in ("wnids.txt", *below) if (root / name).exists())
 
 
 def _train_pairs(shard: Shard, faults: Faults) -> Iterator[tuple[str, str, str]]:

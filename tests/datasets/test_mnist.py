@@ -141,3 +141,11 @@ def test_an_unknown_label_leaves_out_its_row(tmp_path):
     train, _ = read(tmp_path, faults)
     assert train.y.tolist() == [1, 9] and faults.counts == {"unknown label": 1}
     np.testing.assert_array_equal(train.x[:, 0], X[[0, 2]])
+
+
+def test_shards_depend_on_the_labels(tmp_path):
+    write(tmp_path, GOOD)
+    assert [shard.files for shard in Mnist().shards(tmp_path)] == [
+        (tmp_path / TRAIN_Y,),
+        (tmp_path / TEST_Y,),
+    ]

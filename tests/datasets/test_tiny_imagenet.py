@@ -169,3 +169,14 @@ def test_a_cut_zip_and_an_empty_folder(tmp_path):
     packed.write_bytes(packed.read_bytes()[:-100])
     with pytest.raises(InputError, match="no whole zip"):
         TinyImagenet().shards(tmp_path)
+
+
+def test_shards_of_a_folder_depend_on_its_lists_and_folders(tmp_path):
+    root = as_folder(tmp_path, files()) / "tiny-imagenet-200"
+    train, val = TinyImagenet().shards(tmp_path)
+    folders = [f"train/{wnid}/images" for wnid in sorted(WNIDS)]
+    assert train.files == tuple(root / name for name in ("wnids.txt", *folders))
+    lists = ("wnids.txt", "val/val_annotations.txt", "val/images")
+    assert val.files == tuple(root / name for name in lists)
+    packed = as_zip(tmp_path, files()) / "tiny-imagenet-200.zip"
+    assert [shard.files for shard in TinyImagenet().shards(packed)] == [(), ()]
