@@ -9,6 +9,8 @@ each row by row, and lists of labels. Read as published, in a folder or in the
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,15 +21,16 @@ import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.core.scaling import SIGNED
-from subfleet.datasets.archives import Folder, Unreadable, open_tree
+from subfleet.datasets.archives import Unreadable, open_tree
 from subfleet.datasets.images import pool_rows
-from subfleet.datasets.pickles import BadPickle, load_pickle
+from subfleet.datasets.pickles import BadPickle, load_pickle, map_file
 from subfleet.datasets.reader import ClientRows, Faults, Layout, Shard
 
 SHAPE = (3, 32, 32)
 _WIDTH = 3 * 32 * 32
 _LIMIT = 1 << 29  # bytes of a batch: CIFAR-100's train part has 1.6e8
 _ROWS = 10_000  # at a time
+_PIECE = _ROWS * 3200  # bytes of a file that are a shard: a row's pixels, label and file name
 
 
 class Files(NamedTuple):
@@ -102,7 +105,7 @@ class Cifar100:
         return "cifar100"
 
     def shards(self, source: Path) -> list[Shard]:
-        """One for the train, one for the test part."""
+        """Some for the train, one for the test part: 10,000 rows each; one each in an archive."""
         return _shards(source, FILES_100)
 
     def layout(self, source: Path) -> Layout:
@@ -131,8 +134,19 @@ def _shards(source: Path, files: Files) -> list[Shard]:
             stacklevel=3,
         )
     if path.is_dir():
-        return [Shard(name, path / name, name in files.test) for name in found]
+        return [piece for name in found for piece in _pieces(name, path / name, name in files.test)]
     return [Shard(name, path, name in files.test, (member,)) for name, member in found.items()]
+
+
+def _pieces(name: str, file: Path, from_test: bool) -> list[Shard]:
+    """A large batch in shards of equally many rows, (which, of how many): files can be mapped."""
+    number = math.ceil(file.stat().st_size / _PIECE)
+    if number < 2:
+        return [Shard(name, file, from_test)]
+    return [
+        Shard(f"{name} {piece} of {number}", file, from_test, (piece, number))
+        for piece in range(number)
+    ]
 
 
 def _locate(source: Path, folder: str, names: list[str]) -> tuple[Path, dict[str, str]]:
@@ -151,44 +165,59 @@ def _locate(source: Path, folder: str, names: list[str]) -> tuple[Path, dict[str
 def read_batch(
     shard: Shard, faults: Faults, files: Files, key: str, classes: int, check: bool
 ) -> Iterator[ClientRows]:
-    """A batch's rows: x uint8 [n, 3, 32, 32], y from the list `key`.
+    """A batch's or a piece's rows: x uint8 [n, 3, 32, 32], y from the list `key`.
 
     Faults: "cut file", "wrong sum", "forbidden pickle", "wrong columns", "wrong
-    lengths" leave the batch out; "unknown label" a row.
+    lengths" leave the batch out, and its first piece tells; "unknown label" a row.
     """
-    where = shard.path.joinpath(*shard.items)
+    member, piece, pieces = "", 0, 1
+    if len(shard.items) == 1:
+        (member,) = shard.items
+    elif shard.items:
+        piece, pieces = shard.items
+    where = shard.path / member
+    own = faults if piece == 0 else Faults(skip=True)
     try:
-        if shard.items:
-            data = open_tree(shard.path).read(shard.items[0], _LIMIT)
-        else:
-            data = Folder(shard.path.parent).read(shard.path.name, _LIMIT)
+        data = open_tree(shard.path).read(member, _LIMIT) if member else _mapped(shard.path)
     except Unreadable as error:
-        return faults.found("cut file", f"{where} cannot be read ({error}); fetch it again")
-    wrong = wrong_sum(data, (files.train | files.test)[shard.name], where)
-    if wrong and check:
-        return faults.found("wrong sum", f"{wrong} fetch it again, or leave data.check out")
-    if wrong:
-        warnings.warn(f"{wrong} it is read nevertheless; data.check = true refuses", stacklevel=2)
+        return own.found("cut file", f"{where} cannot be read ({error}); fetch it again")
+    if piece == 0 or check:
+        wrong = wrong_sum(data, (files.train | files.test)[where.name], where)
+        if wrong and check:
+            return own.found("wrong sum", f"{wrong} fetch it again, or leave data.check out")
+        if wrong:
+            told = f"{wrong} it is read nevertheless; data.check = true refuses"
+            warnings.warn(told, stacklevel=2)
     try:
         batch = load_pickle(data, where)
     except BadPickle as error:
-        return faults.found(error.kind, str(error))
-    checked = _columns(batch, key, where, faults)
+        return own.found(error.kind, str(error))
+    checked = _columns(batch, key, where, own)
     if checked is None:
         return
-    x, y = checked
-    good = np.ones(len(y), bool)
-    for row in np.flatnonzero((y < 0) | (y >= classes)):
-        good[row] = False
+    count = len(checked[1])
+    first, last = count * piece // pieces, count * (piece + 1) // pieces
+    x, y = (column[first:last] for column in checked)
+    good = (y >= 0) & (y < classes)
+    for row in np.flatnonzero(~good):
         faults.found(
             "unknown label",
-            f"{where}, image {row}: label {y[row]} is not in 0..{classes - 1}; correct it",
+            f"{where}, image {first + row}: label {y[row]} is not in 0..{classes - 1}; correct it",
         )
     if not good.all():
         x, y = x[good], y[good]
     for start in range(0, len(y), _ROWS):
         rows = slice(start, start + _ROWS)
         yield pool_rows(x[rows].reshape(-1, *SHAPE), y[rows], shard.from_test)
+
+
+def _mapped(file: Path) -> bytes | mmap.mmap:
+    try:
+        if (size := file.stat().st_size) > _LIMIT:
+            raise Unreadable(f"{size} bytes, more than {_LIMIT}")
+        return map_file(file)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
 
 
 def _columns(
@@ -218,7 +247,7 @@ def _columns(
     return x, np.array(labels, dtype=np.int64)
 
 
-def wrong_sum(data: bytes, published: str, where: Path) -> str:
+def wrong_sum(data: bytes | mmap.mmap, published: str, where: Path) -> str:
     """The beginning of a message if the MD5 of `data` is not the published one, else ""."""
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found == published:

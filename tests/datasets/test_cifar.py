@@ -178,3 +178,50 @@ def test_an_unknown_label_leaves_out_its_row(tmp_path):
     x, y, _ = read(Cifar10(), tmp_path, faults)
     assert y.tolist() == [5] and faults.counts == {"unknown label": 2}
     np.testing.assert_array_equal(x[0].reshape(-1), X[0])
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch):
+    """A folder whose train part is cut into four shards, of eleven rows together."""
+    rows = np.arange(11 * 3072, dtype=np.uint32).astype(np.uint8).reshape(11, 3072)
+    write(tmp_path, {"train": {"data": rows, "fine_labels": list(range(90, 101))}})
+    size = (tmp_path / "train").stat().st_size
+    monkeypatch.setattr("subfleet.datasets.cifar._PIECE", -(-size // 4))
+    return tmp_path, rows
+
+
+def test_a_large_batch_comes_in_shards_of_some_rows(pieces):
+    folder, rows = pieces
+    shards = Cifar100().shards(folder)
+    assert [shard.name for shard in shards] == [f"train {piece} of 4" for piece in range(4)]
+    with pytest.raises(InputError, match=r"train, image 10: label 100 is not in 0\.\.99"):
+        list(Cifar100().read(shards[3], Faults()))
+    faults = Faults(skip=True)
+    parts = [list(Cifar100().read(shard, faults)) for shard in shards]
+    assert [len(row.y) for part in parts for row in part] == [2, 3, 3, 2]
+    x, y, _ = read(Cifar100(), folder, Faults(skip=True))
+    assert y.tolist() == list(range(90, 100)) and faults.counts == {"unknown label": 1}
+    np.testing.assert_array_equal(x.reshape(10, -1), rows[:10])
+
+
+def test_a_batch_of_no_such_size_is_not_read(tmp_path, monkeypatch):
+    write(tmp_path, {"data_batch_1": GOOD})
+    monkeypatch.setattr("subfleet.datasets.cifar._LIMIT", 100)
+    with pytest.raises(InputError, match=r"data_batch_1 cannot be read .* more than 100"):
+        read(Cifar10(), tmp_path)
+
+
+def test_the_first_shard_tells_of_a_batch_as_a_whole(pieces):
+    folder, _ = pieces
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read(Cifar100(), folder, Faults(skip=True))
+    assert sum("MD5 sum is" in str(warning.message) for warning in caught) == 1
+    for reader, kind in ((Cifar100(check=True), "wrong sum"), (Cifar100(), "cut file")):
+        if kind == "cut file":
+            os.truncate(folder / "train", (folder / "train").stat().st_size - 9)
+        with pytest.raises(InputError, match=r"train.*--skip-bad"):
+            read(reader, folder)
+        faults = Faults(skip=True)
+        assert len(read(reader, folder, faults)[1]) == 0
+        assert faults.counts == {kind: 1}
