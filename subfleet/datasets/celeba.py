@@ -232,7 +232,7 @@ def _identities(file: Path, faults: Faults) -> dict[str, int]:
     """The identity of each image."""
     found: dict[str, int] = {}
     for number, line in enumerate(_lines(file), start=1):
-        columns = line.split()
+        columns = _columns(line)
         where = f"{file}, line {number}"
         if len(columns) != 2 or not columns[1].isdecimal():
             message = f"{where} is {line[:60]!r}, not an image's name and a number"
@@ -259,10 +259,10 @@ def _labels(file: Path, faults: Faults) -> dict[str, int]:
     column, width = names.index(LABEL) + 1, len(names) + 1
     found: dict[str, int] = {}
     for number, line in enumerate(lines[2:], start=3):
-        columns = line.split()
+        columns = _columns(line)
         where = f"{file}, line {number}"
         if len(columns) != width:
-            message = f"{where} has {len(columns)} columns, not {width}"
+            message = f"{where} has {len(columns) or 'no plain'} columns, not {width}"
             faults.found("wrong columns", f"{message}; fetch the list again")
         elif columns[column] not in ("1", "-1"):
             message = f"{where}: {LABEL} is {columns[column]!r}, not 1 or -1"
@@ -276,8 +276,12 @@ def _labels(file: Path, faults: Faults) -> dict[str, int]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text("ascii").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is no plain text ({error}); fetch the list again") from None
+        # As bytes, which have no more ends of lines than the list has.
+        return [line.decode("latin-1") for line in file.read_bytes().splitlines()]
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error}); check its permissions") from None
+
+
+def _columns(line: str) -> list[str]:
+    """None where the line has damaged characters."""
+    return line.split() if line.isascii() else []

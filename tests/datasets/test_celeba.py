@@ -255,6 +255,18 @@ def test_bad_lines_of_the_lists_are_faults(lists, case):
     assert [client.name for client in clients] == ["7", "30"] and faults.counts[kind] == 1
 
 
+@pytest.mark.parametrize("name, line", [("identity_CelebA.txt", 5), ("list_attr_celeba.txt", 7)])
+def test_a_damaged_character_spoils_its_line_alone(lists, name, line):
+    whole = (lists / name).read_bytes()
+    (lists / name).write_bytes(whole.replace(b"000005.jpg", b"00000\xb5.jpg"))
+    with pytest.raises(InputError, match=rf"{name}, line {line} "):
+        read(CelebA(size=4, min_images=2), lists)
+    faults = Faults(skip=True)
+    clients = read(CelebA(size=4, min_images=2), lists, faults)
+    assert [client.name for client in clients] == ["7", "30"]
+    assert faults.counts["wrong columns"] == 1
+
+
 def test_a_cut_list_serves_where_it_covers_the_images(lists):
     _lists(lists, IDENTITIES, ATTRIBUTES[:4], count=202_599)
     (lists / "img_align_celeba" / "000005.jpg").unlink()
