@@ -183,7 +183,8 @@ class Store:
         if self.dropped:
             rows = self.manifest.get("rows_dropped", "few")
             left_out.append(
-                f"{len(self.dropped)} clients with one row or none, {rows} rows in all, are left out"
+                f"{len(self.dropped)} clients with one row or none, {rows} rows in all, "
+                "are left out"
             )
         return [*found.get("warnings", []), *left_out]
 
