@@ -8,6 +8,8 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.models.chain import chain as chain
 from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
 from subfleet.models.text import char_lstm, sent_lstm
+from subfleet.models.tracing import explain as explain
+from subfleet.models.tracing import supernet as supernet
 from subfleet.models.vgg import vgg
 
 ZOO: dict[str, Callable[..., SuperNetwork]] = {
