@@ -115,10 +115,14 @@ class SuperNetwork:
         return costs.wire_bytes(self.space, map, statistics=self.statistics, policy=policy)
 
 
+DRAWS = "_draws_in_training"
+"""The attribute by which a builder says that a module's own code draws, as `F.dropout` does."""
+
+
 def has_dropout(module: nn.Module) -> bool:
     """Whether a forward pass in training draws from torch's own generator."""
     kinds = nn.modules.dropout._DropoutNd
-    return any(
+    return getattr(module, DRAWS, False) or any(
         (isinstance(m, kinds) and m.p > 0) or (isinstance(m, nn.RNNBase) and m.dropout > 0)
         for m in module.modules()
     )

@@ -26,6 +26,14 @@ READS_VALUES = frozenset(
     }
 )
 
+DRAWS_NUMBERS = frozenset(
+    {
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+        *("bernoulli", "bernoulli_", "multinomial", "normal", "normal_", "uniform_"),
+        *("exponential_", "rrelu", "gumbel_softmax"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,6 +56,7 @@ class Found:
     sizes: dict[tuple[str, str], list[Label]] = field(default_factory=dict)  # of (layer, attribute)
     outputs: dict[str, Label] = field(default_factory=dict)  # of layers with weights
     unseen: dict[str, str] = field(default_factory=dict)  # layer -> a function without a rule
+    draws: bool = False  # from torch's generator
 
 
 class NoRule(Exception):
@@ -112,7 +121,7 @@ class Follower(TorchFunctionMode):
             hooks.append(part.register_forward_pre_hook(self._enter(name)))
             hooks.append(part.register_forward_hook(self._leave))
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), torch.device("meta"), self:  # where the code makes tensors, too
                 out = self.module(x)
         except InputError:
             raise
@@ -226,6 +235,8 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         returned = list(tensors_in(out))
         call = Call(name, args, kwargs, out)
+        if name in DRAWS_NUMBERS or _drops(call):
+            self.found.draws = True
         if name != "__setitem__" and (not returned or not call.tensors):
             return out
         self.calls.append(name)
@@ -241,3 +252,8 @@ class Follower(TorchFunctionMode):
             for tensor in returned:
                 self.label(tensor, [free(size) for size in tensor.shape])
         return out
+
+
+def _drops(call: Call) -> bool:
+    named = "dropout" in call.name
+    return named and bool(call.arg(2, "training", True)) and call.arg(1, "p", 0.5) > 0

@@ -127,6 +127,11 @@ def embedding(f: Follower, call: Call) -> None:
 def batch_norm(f: Follower, call: Call) -> None:
     """Channel by channel; running statistics are cut as the weights are."""
     x = call.arg(0, "input")
+    if call.name == "batch_norm" and call.arg(1, "running_mean") is None:
+        raise f.refuse(
+            "a BatchNorm without running statistics, so that a sample's scores hang on its batch",
+            "set track_running_stats=True, or use GroupNorm(1, channels)",
+        )
     own = [call.arg(p, n) for p, n in enumerate(_NORM, start=1)]
     _norm(f, call, x, [t for t in own if t is not None], [1 if x.dim() > 1 else 0], "num_features")
 
@@ -262,7 +267,7 @@ LAYER_RULES: dict[str, Rule] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__"), product),
     "embedding": embedding,
-    "batch_norm": batch_norm,
+    **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     "group_norm": group_norm,
     "layer_norm": layer_norm,
     "prelu": prelu,

@@ -51,6 +51,11 @@ def over_space(axes: int) -> Rule:
     return rule
 
 
+def constant(f: Follower, call: Call) -> None:
+    """New values that take no more than dtype and device from their tensor."""
+    f.label(call.out, [free(size) for size in call.out.shape])
+
+
 def interpolate(f: Follower, call: Call) -> None:
     """Resizing of all axes but the first two."""
     over_space(call.arg(0, "input").dim() - 2)(f, call)
@@ -297,6 +302,7 @@ _ELEMENTWISE = """
     logical_not logical_and logical_or masked_fill masked_fill_ nan_to_num
     contiguous clone detach to type type_as float double half bfloat16 long int bool cpu alias
     zeros_like ones_like empty_like full_like rand_like randn_like
+    zero_ fill_ bernoulli bernoulli_ uniform_ normal_
     softmax log_softmax softmin normalize
 """
 _RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel"
@@ -319,6 +325,7 @@ RULES: dict[str, Rule] = {
         for axes in (1, 2, 3)
         for suffix in ("", "_with_indices")
     },
+    **dict.fromkeys(("new_empty", "new_full", "new_ones", "new_zeros"), constant),
     "pad": padding,
     "stack": stacking,
     "__getitem__": indexing,

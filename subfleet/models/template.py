@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subfleet.core.bindings import Binding, extent
 from subfleet.core.errors import InputError
+from subfleet.core.supernet import DRAWS
 
 Init = Callable[[nn.Module], None]
 
@@ -24,7 +25,8 @@ class Template:
     `tensors`: the bindings of each tensor's axes, with extents. `sizes`: attributes of
     layers that say a width, as (path, attribute, bindings). `filled`: tensors that are
     one number throughout in the user's module (a norm's weights, say), and that number.
-    `init` is the user's own initialisation, after each layer's `reset_parameters`.
+    `init` is the user's own initialisation, after each layer's `reset_parameters`;
+    `draws`: whether the forward pass in training calls for random numbers.
     """
 
     module: nn.Module
@@ -32,11 +34,13 @@ class Template:
     sizes: tuple[tuple[str, str, tuple[Binding, ...]], ...]
     filled: Mapping[str, float]
     init: Init | None = None
+    draws: bool = False
 
 
 def build_small(template: Template, counts: Mapping[str, int]) -> nn.Module:
     """The physically small module in which group g has `counts[g]` units."""
     module = copy.deepcopy(template.module)
+    setattr(module, DRAWS, template.draws)
     for path, attribute, bindings in template.sizes:
         layer, old = module.get_submodule(path), [extent(b, counts) for b in bindings]
         several = isinstance(getattr(layer, attribute), tuple)

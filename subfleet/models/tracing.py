@@ -21,7 +21,7 @@ from subfleet.core.cost import Layer
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.supernet import SuperNetwork, drop_counters
 from subfleet.core.units import UnitSpace
-from subfleet.models.axes import Reason
+from subfleet.models.axes import Reason, size_of
 from subfleet.models.follow import Follower, Found
 from subfleet.models.layer_rules import LAYER_RULES
 from subfleet.models.rules import RULES
@@ -29,6 +29,7 @@ from subfleet.models.template import Init, Template, bare, build_small, filled, 
 
 _RULES = RULES | LAYER_RULES
 _BATCH, _OTHER_BATCH = 3, 5  # odd and unequal, so that sizes written out in the code show
+_FIXED = "it works on an axis of fixed length"
 
 
 class Finding(NamedTuple):
@@ -245,7 +246,8 @@ class _Traced:
             (path, attribute, tuple(self.axes.binding(label, names) for label in labels))
             for (path, attribute), labels in self.found.sizes.items()
         )
-        return Template(self.bare, self._tensors(names), sizes, self.filled, self.init)
+        tensors, draws = self._tensors(names), self.found.draws
+        return Template(self.bare, tensors, sizes, self.filled, self.init, draws)
 
     def _tensors(self, names: Mapping[int, str]) -> dict[str, tuple[Binding, ...]]:
         return {
@@ -289,8 +291,8 @@ class _Traced:
         names, found = self._names(), []
         for layer, label in self.found.outputs.items():
             groups = tuple(dict.fromkeys(_groups(self.axes.binding(label, names))))
-            alone = "" if groups else "one unit alone"
-            found.append(Finding(layer, groups, str(self.axes.reason(label) or alone)))
+            reason = "" if groups else "one unit alone" if size_of(label) == 1 else _FIXED
+            found.append(Finding(layer, groups, str(self.axes.reason(label) or reason)))
         for layer, name in self.found.unseen.items():
             found.append(Finding(layer, (), f"{name} is not followed, nor its cost counted"))
         return found

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import subfleet
+from subfleet._torchvision import torchvision
+from subfleet.core.budget import width_map
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import Binding, Block, Concat, Gates, IndexMap, Unit, extent
-from subfleet.models import supernet
+from subfleet.models import explain, supernet
 
 NAMES = list(plain_modules.EXAMPLES)
 DEEP = ("resnet18", "mobilenet_v2")
@@ -167,6 +169,20 @@ def test_costs_are_those_of_the_small_modules(name: str) -> None:
         assert net.cost(kept, count_bias=True, count_norm=True).params == params
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "efficientnet_b0"])
+def test_other_networks_of_torchvision_are_followed_whole(name: str) -> None:
+    module = getattr(torchvision.models, name)(num_classes=3)
+    x = torch.zeros(1, 3, 64, 64)
+    assert [f.reason for f in explain(module, x) if f.reason] == ["the class scores"]
+    net = supernet(module, x)
+    kept = width_map(net, 0.5)
+    assert net.cost(kept).macs < 0.3 * net.cost().macs
+    small = net.module(kept, device="meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        small(x.to("meta"))
+    assert net.cost(kept).macs * 2 == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_travel_and_start_from_the_seed_alone(name: str) -> None:
     net = net_of(name)
@@ -185,7 +201,7 @@ USERS_MODULE = '''
 import torch
 from torch import nn
 
-from subfleet.models import supernet
+from subfleet.models import explain, supernet
 
 
 class Net(nn.Module):

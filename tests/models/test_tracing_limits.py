@@ -17,8 +17,10 @@ from subfleet.core.bindings import Block, Concat, Free, Gates, Unit
 from subfleet.core.budget import width_map
 from subfleet.core.cost import CONVENTIONS
 from subfleet.core.errors import InputError
+from subfleet.core.supernet import has_dropout
 from subfleet.core.units import IndexMap
 from subfleet.models import ZOO, explain, supernet
+from subfleet.platform.record import must_loop
 
 IMAGE = torch.zeros(1, 2, 6, 6)
 
@@ -178,6 +180,26 @@ def test_standardised_weights_are_cut_as_weights() -> None:
     assert small[1].in_channels == 2 and small(IMAGE).shape == (1, 3)
 
 
+class Stateful(nn.Module):
+    """An LSTM whose first state the module's own code makes, of a size it knows or asks for."""
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.lstm, self.fc, self.known = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 2), known
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(1, x.size(0), 5 if self.known else self.lstm.hidden_size)
+        return self.fc(self.lstm(x, (start, start))[0][:, -1])
+
+
+def test_sizes_written_out_in_code_keep_a_width() -> None:
+    x = torch.zeros(1, 4, 3)
+    assert groups(Stateful(known=False), x) == {"lstm": 5}
+    assert groups(Stateful(known=True), x) == {}
+    reason = explain(Stateful(known=True), x)[0].reason
+    assert reason.startswith("the code needs this width: ") and reason.endswith("(at 'lstm')")
+
+
 # --- constants ------------------------------------------------------------------------------------
 
 
@@ -238,6 +260,20 @@ def test_values_that_no_seed_could_draw_again_are_refused() -> None:
     assert dict(net.space.groups) == {"weight": 4} and net.cost().macs == 8 + 12
 
 
+def test_functions_that_draw_are_seen() -> None:
+    quiet = supernet(Net(lambda x: F.dropout(x, 0.5, training=False)), IMAGE)
+    loud = supernet(Net(lambda x: F.dropout(x, 0.5)), IMAGE)
+    noisy = supernet(Net(lambda x: x + torch.randn_like(x)), IMAGE)
+    assert [has_dropout(net.module()) for net in (quiet, loud, noisy)] == [False, True, True]
+    assert [must_loop(net) for net in (quiet, loud)] == [False, True]
+
+
+def test_instance_norm_is_cut_by_channel() -> None:
+    net = supernet(Net(nn.InstanceNorm2d(4, affine=True)), IMAGE)
+    assert net.space.axes["between.weight"] == (Unit("one"),)
+    assert net.module(IndexMap.of({"one": [0, 3]})).between.num_features == 2
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 
@@ -266,6 +302,8 @@ SAME = nn.Linear(4, 4)
         (nn.Linear(4, 4), torch.zeros(4), "give a batch, a tensor"),
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)), torch.zeros(1, 4),
          "momentum None"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+         torch.zeros(1, 4), "layer '1': a BatchNorm without running statistics"),
     ],
 )  # fmt: skip
 def test_what_is_refused(module: nn.Module, example: Tensor, says: str) -> None:
