@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -44,12 +45,21 @@ class ClientHost:
         return self.worker.run(bundle, shared, by_part)
 
 
+class Hosts(list[Any]):
+    """Host actors, and the references they are made from: gone, Ray could not restart them."""
+
+    def __init__(self, actors: Iterable[Any], made_from: Sequence[Any]):
+        super().__init__(actors)
+        self.made_from = made_from
+
+
 def start_hosts(
     count: int, work: Work, federation: Federation, *, device: str, cpus: float, gpus: float
-) -> list:
+) -> Hosts:
     """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
     actor: Any = ClientHost
     # Put once: word vectors in the work, or rows in the federation, may be large.
-    shared = ray.put(work), ray.put(federation)
-    return [actor.options(**options).remote(*shared, device) for _ in range(count)]
+    made_from = ray.put(work), ray.put(federation)
+    actors = (actor.options(**options).remote(*made_from, device) for _ in range(count))
+    return Hosts(actors, made_from)
