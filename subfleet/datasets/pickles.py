@@ -51,7 +51,10 @@ def load_pickle(buffer: bytes | mmap.mmap, where: object) -> Any:
     subfleet.datasets.pickles.BadPickle: b asks for 'posix.system', which is not data, ...
     """
     try:
-        return _Unpickler(buffer).load()
+        found = _Unpickler(buffer).load()
+        if not _is_whole(found):
+            raise ValueError("it ends before the values of an array")
+        return found
     except _Forbidden as error:
         raise BadPickle(
             "forbidden pickle",
@@ -65,6 +68,15 @@ def load_pickle(buffer: bytes | mmap.mmap, where: object) -> Any:
             "cut file",
             f"{where} is no whole pickle ({reason}); it is cut short or damaged: fetch it again",
         ) from None
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether nothing is left in it of what an array is made from."""
+    if isinstance(value, dict):
+        return all(map(_is_whole, value)) and all(map(_is_whole, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_whole, value))
+    return not isinstance(value, _Pending) and not callable(value)
 
 
 def map_file(path: Path) -> bytes | mmap.mmap:

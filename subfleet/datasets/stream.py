@@ -100,7 +100,7 @@ class CohortStream:
                     last_news = monotonic()
                 elif monotonic() - last_news > self._patience_s:
                     _LOG.warning("no rows for %g s: hosts read for themselves", self._patience_s)
-                    self._closed = True
+                    self.close()
             return []
 
     def _forget_before(self, round: int) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from subfleet.datasets.federation import Federation
 from subfleet.platform.bundles import Bundle, BundleResult
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import as_tensors
 from subfleet.platform.worker import Worker
+
+INLINE_BYTES = 90_000  # Ray itself puts arguments from 100 kB on
 
 
 @ray.remote
@@ -59,7 +62,16 @@ def start_hosts(
     """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
     actor: Any = ClientHost
-    # Put once: word vectors in the work, or rows in the federation, may be large.
-    made_from = ray.put(work), ray.put(federation)
+    made_from = [_put_if_large(work), _put_if_large(federation)]
     actors = (actor.options(**options).remote(*made_from, device) for _ in range(count))
     return Hosts(actors, made_from)
+
+
+def _put_if_large(thing: Any) -> Any:
+    """A reference where hosts would else get a copy each (word vectors, rows in memory).
+
+    What is small goes along as it is: Ray warns, on the terminal, of references.
+    """
+    pickled = cloudpickle.dumps(thing)  # pyright: ignore[reportPrivateImportUsage]
+    small = len(pickled) < INLINE_BYTES
+    return thing if small else ray.put(thing)
