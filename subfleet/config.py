@@ -110,6 +110,10 @@ class Tier(Table):
         default=None, ge=1, description="set the most multiply-accumulates for one sample"
     )
     params: Count | None = Field(default=None, ge=1, description="set the most parameters")
+    depth: float = Field(
+        default=1.0, ge=0, le=1, description="set the share of the skippable blocks to keep"
+    )
+    kernel: int | None = Field(default=None, ge=1, description="set the largest kernel size")
 
     @model_validator(mode="after")
     def _one_kind_of_limit(self) -> Self:

@@ -21,7 +21,7 @@ from subfleet import registry
 from subfleet.config import Experiment, RunTable, TrainTable
 from subfleet.config import Tier as TierTable
 from subfleet.core.algorithm import Setting, TierSize
-from subfleet.core.budget import Tier, width_map
+from subfleet.core.budget import Tier
 from subfleet.core.errors import InputError
 from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.supernet import SuperNetwork
@@ -118,7 +118,7 @@ def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
     return TierSize(
         tier.name,
         tier.share,
-        width_map(net, tier.largest_width(net)),
+        tier.largest_map(net),
         flops=table.flops,
         params=table.params,
     )
@@ -258,6 +258,15 @@ def _doubts(experiment: Experiment, job: Job) -> list[str]:
             f"the width of tier {', '.join(cut)} has no effect: {experiment.model.name} has no "
             "units that can be left out, so every tier trains all of it"
         )
+    for name, stated, elastic in (
+        ("depth", [t for t in experiment.fleet.tiers if t.depth < 1], job.work.net.stages),
+        ("kernel", [t for t in experiment.fleet.tiers if t.kernel], job.work.net.space.kernels),
+    ):
+        if stated and not elastic:
+            doubts.append(
+                f"the {name} of tier {', '.join(tier.name for tier in stated)} has no effect: "
+                f"{experiment.model.name} is not elastic in it"
+            )
     held_out = len(split_clients(experiment.run.seed, job.federation.num_clients)[1])
     wanted = experiment.run.eval_clients
     if held_out and wanted > held_out and wanted != RunTable().eval_clients:

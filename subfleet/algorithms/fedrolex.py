@@ -35,7 +35,11 @@ class FedRolex(IndexedAveraging):
             )
 
     def map_of(self, tier: int, round: int) -> IndexMap:
-        """The tier's window in this round (rounds count from 1, windows start at 0)."""
-        space = self.setting.net.space
-        counts = dict(zip(space.groups, space.counts(self.setting.tiers[tier].map), strict=True))
-        return IndexMap.rolling(space, counts, start=round - 1)
+        """The tier's window in this round (rounds count from 1, windows start at 0).
+
+        Blocks that the tier skips, and its kernels, stay as they are.
+        """
+        space, own = self.setting.net.space, self.setting.tiers[tier].map
+        counts = space.counts_by_group(own)
+        rolled = IndexMap.rolling(space, {g: counts[g] for g in space.widths}, start=round - 1)
+        return space.canonical(IndexMap(dict(own.kept) | dict(rolled.kept)))

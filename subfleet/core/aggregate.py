@@ -284,8 +284,8 @@ def _densify(update: Update, space: UnitSpace) -> None:
 
 
 def _count(counts: dict[str, np.ndarray], space: UnitSpace, map: IndexMap, clients: int) -> None:
-    for group in space.groups:
-        counts[group][map.kept.get(group, slice(None))] += clients
+    for group, units in space.used(map).items():
+        counts[group][units] += clients
 
 
 def _add_sums(into: Tensors, other: Tensors) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from subfleet.core.errors import InputError
@@ -45,7 +45,19 @@ class Concat:
     parts: tuple[Binding, ...]
 
 
-Binding = Free | Unit | Block | Gates | Concat
+@dataclass(frozen=True)
+class Window:
+    """The centre of a kernel: as many rows as the group keeps, but `least` at the fewest.
+
+    A kernel that is computed from a larger one (Once-for-all's transformations) reads the
+    larger one's centre.
+    """
+
+    group: str
+    least: int
+
+
+Binding = Free | Unit | Block | Gates | Concat | Window
 
 
 def extent(binding: Binding, counts: Mapping[str, int]) -> int:
@@ -67,4 +79,22 @@ def extent(binding: Binding, counts: Mapping[str, int]) -> int:
             return counts[group] * gates
         case Concat(parts):
             return sum(extent(part, counts) for part in parts)
+        case Window(group, least):
+            return max(counts[group], least)
     raise TypeError(f"{binding!r} is not an axis binding")
+
+
+def groups_of(binding: Binding) -> Iterator[str]:
+    """The groups that an axis depends on.
+
+    >>> list(groups_of(Concat((Unit("forward"), Unit("back")))))
+    ['forward', 'back']
+    """
+    match binding:
+        case Unit(group) | Block(group, _) | Gates(group, _) | Window(group, _):
+            yield group
+        case Concat(parts):
+            for part in parts:
+                yield from groups_of(part)
+        case Free():
+            return

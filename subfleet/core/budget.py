@@ -1,4 +1,4 @@
-"""Budgets of devices, and the widest prefix sub-network that meets one."""
+"""Budgets of devices, and the widest sub-network that meets one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from subfleet.core.cost import Cost
 from subfleet.core.errors import InputError
+from subfleet.core.presence import centre
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 
@@ -52,9 +55,28 @@ def width_counts(net: SuperNetwork, width: float) -> dict[str, int]:
     return {g: max(1, math.ceil(width * net.space.size(g) - _SLACK)) for g in net.elastic}
 
 
-def width_map(net: SuperNetwork, width: float) -> IndexMap:
-    """The prefix map of a width; groups that it keeps whole are left out, so 1.0 is full."""
-    return net.space.canonical(IndexMap.prefix(width_counts(net, width)))
+def width_map(
+    net: SuperNetwork, width: float, *, depth: float = 1.0, kernel: int | None = None
+) -> IndexMap:
+    """The prefix map of a width; groups that it keeps whole are left out, so 1.0 is full.
+
+    Of every stage it keeps the first ceil(depth * n) of the n blocks that may be skipped,
+    and of every kernel that may be smaller the largest size up to `kernel`, or else its
+    smallest. Both leave a network as it is that has no such blocks or kernels.
+    """
+    if not 0 <= depth <= 1:
+        raise InputError(f"depth {depth} is out of range; give a number from 0 to 1")
+    if kernel is not None and kernel < 1:
+        raise InputError(f"kernel {kernel} is out of range; give a size of 1 or more")
+    kept: dict[str, np.ndarray] = {g: np.arange(n) for g, n in width_counts(net, width).items()}
+    for stage in net.stages:
+        for block in stage[math.ceil(depth * len(stage) - _SLACK) :]:
+            kept[block] = np.arange(0)
+    if kernel is not None:
+        for group, sizes in net.space.kernels.items():
+            size = max((k for k in sizes if k <= kernel), default=min(sizes))
+            kept[group] = centre(net.space.size(group), size)
+    return net.space.canonical(IndexMap(kept))
 
 
 @lru_cache(maxsize=16)
@@ -67,22 +89,28 @@ def distinct_widths(net: SuperNetwork) -> tuple[float, ...]:
     return tuple(sorted({count / size for size in sizes for count in range(1, size + 1)} | {1.0}))
 
 
-def largest_width(net: SuperNetwork, budget: Budget) -> float:
+def largest_width(
+    net: SuperNetwork, budget: Budget, *, depth: float = 1.0, kernel: int | None = None
+) -> float:
     """The largest width whose sub-network meets the budget, by bisection over all widths.
 
-    Costs are counted as papers do: no biases, no norms. Raises `InputError` when even
-    the smallest sub-network is too large.
+    Costs are counted as papers do: no biases, no norms. `depth` and `kernel` as in
+    `width_map`. Raises `InputError` when even the smallest sub-network is too large.
     """
     widths = distinct_widths(net)
     low, high = -1, len(widths) - 1  # widths[low] is feasible, those above high are not
+
+    def cost(at: int) -> Cost:
+        return net.cost(width_map(net, widths[at], depth=depth, kernel=kernel))
+
     while low < high:
         middle = (low + high + 1) // 2
-        if budget.feasible(net.cost(width_map(net, widths[middle]))):
+        if budget.feasible(cost(middle)):
             low = middle
         else:
             high = middle - 1
     if low < 0:
-        least = net.cost(width_map(net, widths[0]))
+        least = cost(0)
         raise InputError(
             f"budget {budget} is below the smallest sub-network of {net.name!r}, which takes "
             f"flops={least.flops:,} and params={least.params:,}; "
@@ -96,7 +124,9 @@ class Tier:
     """A kind of device: its share of the clients, and a width or a budget.
 
     `share` is a weight: shares need not sum to 1. Give either `width` in (0, 1], or
-    `flops` (multiply-accumulates a sample), `params`, or both of these.
+    `flops` (multiply-accumulates a sample), `params`, or both of these. `depth`, from 0
+    to 1, is the share of the blocks that may be skipped which the device keeps, and
+    `kernel` the largest kernel, where a network is elastic in these.
     """
 
     name: str
@@ -104,6 +134,8 @@ class Tier:
     width: float | None = None
     flops: float | None = None
     params: float | None = None
+    depth: float = 1.0
+    kernel: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.share >= 0 and math.isfinite(self.share)):
@@ -128,12 +160,13 @@ class Tier:
         """The limits; without any when the tier fixes its width."""
         return Budget(flops=self.flops, params=self.params)
 
-    def largest_width(self, net: SuperNetwork) -> float:
-        """The tier's width, or the largest that its budget allows; see `largest_width`."""
-        if self.width is not None:
-            return self.width
+    def largest_map(self, net: SuperNetwork) -> IndexMap:
+        """The map of the tier's width, or of the largest that its budget allows."""
         try:
-            return largest_width(net, self.budget)
+            width = self.width
+            if width is None:
+                width = largest_width(net, self.budget, depth=self.depth, kernel=self.kernel)
+            return width_map(net, width, depth=self.depth, kernel=self.kernel)
         except InputError as error:
             raise InputError(f"tier {self.name!r}: {error}") from error
 

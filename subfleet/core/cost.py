@@ -36,7 +36,9 @@ class Layer:
     `kernel`: k_h * k_w. `positions`: H'W' of the output (time steps for an LSTM).
     `relu_positions`: H*W of the input when a ReLU stands directly before, else 0.
     `bias`: whether the layer has one, for `count_bias`. `gated`: a
-    convolution of a block whose channels DWNP gates.
+    convolution of a block whose channels DWNP gates. `block`: the group that stands for
+    the block that the layer is in, if that may be skipped. `side`: the group of the
+    kernel's rows, if those may be fewer: then k' * k' stands for `kernel`.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Layer:
     relu_positions: int = 0
     bias: bool = False
     gated: bool = False
+    block: str | None = None
+    side: str | None = None
 
 
 class Cost(NamedTuple):
@@ -82,14 +86,17 @@ def layer_cost(
     count_bias: bool = False,
     count_norm: bool = False,
 ) -> Cost:
-    """The cost of one layer when group g has `counts[g]` units."""
+    """The cost of one layer when group g has `counts[g]` units; 0 in a block that is skipped."""
+    if layer.block is not None and counts[layer.block] == 0:
+        return Cost(0, 0)
+    kernel = layer.kernel if layer.side is None else counts[layer.side] ** 2
     i, o = extent(layer.inputs, counts), extent(layer.outputs, counts)
     match layer.kind:
         case "conv" | "linear":
-            params = layer.kernel * i * o
+            params = kernel * i * o
             macs = params * layer.positions
         case "depthwise":
-            params = layer.kernel * o
+            params = kernel * o
             macs = params * layer.positions
         case "lstm":
             params = 4 * o * (i + o) + 8 * o

@@ -27,16 +27,14 @@ Indices = np.ndarray
 def _as_indices(group: str, units: Iterable[int] | np.ndarray) -> Indices:
     array = np.array(units if isinstance(units, np.ndarray) else list(units))
     if array.size == 0:
-        raise InputError(
-            f"group {group!r} keeps no unit; keep at least 1, or leave the group out to keep all"
-        )
+        array = array.reshape(-1).astype(np.int64)  # a block may be skipped; see `validate`
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"group {group!r}: kept units have shape {array.shape} and type {array.dtype}; "
             "give a flat list of integers"
         )
     array = array.astype(np.int64)
-    if array[0] < 0 or (array[1:] <= array[:-1]).any():
+    if (array[:1] < 0).any() or (array[1:] <= array[:-1]).any():
         raise InputError(
             f"group {group!r}: kept units {array[:8].tolist()} are not strictly increasing "
             "from 0 upwards; sort them and drop duplicates"
@@ -49,8 +47,9 @@ def _as_indices(group: str, units: Iterable[int] | np.ndarray) -> Indices:
 class IndexMap:
     """The kept units of each group, `{group: int64 array}`; an omitted group means all.
 
-    Hashable and equal by content. Raises `InputError` for indices that are empty,
-    negative or not strictly increasing; `UnitSpace.validate` checks names and ranges.
+    Hashable and equal by content. Raises `InputError` for indices that are negative or not
+    strictly increasing; `UnitSpace.validate` checks names, ranges, and that only groups
+    which stand for a block that may be skipped keep nothing.
 
     >>> a = IndexMap.prefix({"conv1": 2})
     >>> a == IndexMap.of({"conv1": [0, 1]}), a.is_prefix
@@ -127,7 +126,7 @@ class IndexMap:
     @cached_property
     def is_prefix(self) -> bool:
         """Whether every group keeps its first units, so that slices are contiguous."""
-        return all(int(i[-1]) == len(i) - 1 for i in self.kept.values())
+        return all(_is_prefix(indices) for indices in self.kept.values())
 
     def is_full(self, space: UnitSpace) -> bool:
         """Whether no unit of `space` is dropped."""
@@ -136,15 +135,17 @@ class IndexMap:
     def wire_bytes(self, space: UnitSpace) -> int:
         """Bytes that describe this map in a message.
 
-        A full map needs none, since its message carries the whole network. A prefix map
-        is a uint16 count for each group of the space; any other map is one bit for each
-        unit of the space, all groups packed together: ceil(J_w / 8).
+        A full map needs none, since its message carries the whole network. Where the
+        units of every layer are a prefix, a uint16 count for each such group; otherwise
+        one bit for each unit, all groups packed together: ceil(J_w / 8). A byte besides
+        for each block that may be skipped and each kernel that may be smaller.
         """
         if self.is_full(space):
             return 0
-        if self.is_prefix:
-            return 2 * len(space.groups)
-        return (space.num_units + 7) // 8
+        choices = len(space.groups) - len(space.widths)
+        if all(_is_prefix(self.kept[g]) for g in space.widths if g in self.kept):
+            return 2 * len(space.widths) + choices
+        return (space.num_units + 7) // 8 + choices
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -158,7 +159,7 @@ class IndexMap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A prefix group travels as its count: tasks carry maps by the thousand.
-        packed = {g: len(i) if int(i[-1]) == len(i) - 1 else i for g, i in self.kept.items()}
+        packed = {g: len(i) if _is_prefix(i) else i for g, i in self.kept.items()}
         return {"packed": packed, "key": self.key}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,6 +168,10 @@ class IndexMap:
             kept[group] = np.arange(indices) if isinstance(indices, int) else indices
             kept[group].setflags(write=False)
         self.__dict__.update(kept=kept, key=state["key"])
+
+
+def _is_prefix(indices: Indices) -> bool:
+    return len(indices) == 0 or int(indices[-1]) == len(indices) - 1
 
 
 def _brief(indices: Indices) -> str:

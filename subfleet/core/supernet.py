@@ -20,6 +20,9 @@ from subfleet.core.cost import Convention, Cost, Layer, StatisticsPolicy, WireBy
 from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap, UnitSpace
 
+Builder = Callable[[Mapping[str, int]], nn.Module]
+"""Makes the module in which group g has the given number of units."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SuperNetwork:
@@ -30,8 +33,10 @@ class SuperNetwork:
     fixed). What a module holds outside its state dictionary (a non-persistent buffer)
     is a constant: it comes with `build`, and is neither trained, averaged nor sent.
     `build(counts)` makes the module in which group g has `counts[g]` units. `elastic`:
-    the groups that may vary. `statistics`: names of running means and variances.
-    `input_shape` is one sample's, without the batch axis.
+    the groups of channels and neurons that may vary. `statistics`: names of running means
+    and variances. `stages`: the blocks that may be skipped, in runs, each of them in the
+    order in which the network runs them. `input_shape` is one sample's, without the batch
+    axis; `input_dtype` is int64 where the samples are tokens.
 
     It pickles when `build` does: give a `functools.partial` of a module's function.
     """
@@ -39,11 +44,13 @@ class SuperNetwork:
     name: str
     space: UnitSpace
     layers: tuple[Layer, ...]
-    build: Callable[[Mapping[str, int]], nn.Module]
+    build: Builder
     input_shape: tuple[int, ...]
     num_classes: int
     elastic: tuple[str, ...]
     statistics: frozenset[str] = field(default_factory=frozenset)
+    stages: tuple[tuple[str, ...], ...] = ()
+    input_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for group in self.elastic:
@@ -65,14 +72,17 @@ class SuperNetwork:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.key(seed, "init"))
             module = drop_counters(self.build(dict(self.space.groups)))
-        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        drawn = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        # Transformations of kernels, which only networks with smaller kernels hold.
+        others = {n: torch.eye(*shape) for n, shape in self.space.shapes.items() if n not in drawn}
+        return drawn | others
 
     def fresh_statistics(self, map: IndexMap) -> dict[str, Tensor]:
         """The running statistics of a sub-network that saw no data: means 0, variances 1."""
         shapes = self.space.slice_shapes(map)
         return {
             name: torch.full(shapes[name], float(name.endswith("running_var")))
-            for name in sorted(self.statistics)
+            for name in sorted(self.statistics & set(shapes))
         }
 
     def module(self, map: IndexMap | None = None, *, device: str = "cpu") -> nn.Module:
@@ -87,6 +97,10 @@ class SuperNetwork:
         self.space.validate(map)
         with torch.random.fork_rng(devices=[]), torch.device(device):
             return drop_counters(self.build(self.space.counts_by_group(map)))
+
+    def example(self, batch: int = 1, *, device: str = "cpu") -> Tensor:
+        """A batch of zeros, [batch, *input_shape], such as the network takes."""
+        return torch.zeros(batch, *self.input_shape, dtype=self.input_dtype, device=device)
 
     def cost(
         self,

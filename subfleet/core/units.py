@@ -1,9 +1,7 @@
-"""Unit groups, and how each axis of each tensor depends on them.
+"""Cutting the tensors of sub-networks out of the super-network's, and putting them back.
 
-A *unit* is a channel or a neuron. A *unit group* is a set of units that are kept
-or dropped together everywhere they appear. An *axis binding* says which indices
-of one tensor axis belong to the kept units; a `UnitSpace` holds the bindings of a
-whole super-network, cuts sub-networks out of it and puts them back.
+A `UnitSpace` says which indices of each tensor axis belong to which units
+(`subfleet.core.space`), and here it slices, scatters and adds by index map.
 
 A tree may hold leaves beside the network's own tensors. A leaf whose name ends, after
 its last "/", in the name of a tensor is cut like that tensor: "momentum/conv1.weight"
@@ -15,11 +13,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +26,12 @@ from subfleet.core.bindings import Concat as Concat
 from subfleet.core.bindings import Free as Free
 from subfleet.core.bindings import Gates as Gates
 from subfleet.core.bindings import Unit as Unit
+from subfleet.core.bindings import Window as Window
 from subfleet.core.bindings import extent as extent
-from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.errors import InputError
 from subfleet.core.maps import IndexMap as IndexMap
+from subfleet.core.presence import When as When
+from subfleet.core.space import Space
 
 Tensors = dict[str, Tensor]
 """A flat parameter tree with module-style names, such as "conv1.weight"."""
@@ -47,6 +47,7 @@ class _Cut(NamedTuple):
 
 
 _FREE = _Cut(None, None, (), None)
+_ABSENT = _Cut(None, None, (), None)
 
 
 class _Cuts(dict[str, _Cut]):
@@ -60,15 +61,13 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+_STATED = ("groups", "axes", "shapes", "when", "kernels")  # what a space is; the rest follows
 _MAX_CUTS = 256  # random maps differ for every client; keep a bundle's worth
 
 
 @dataclass(frozen=True)
-class UnitSpace:
-    """The unit groups of a super-network and the axis bindings of its tensors.
-
-    `groups`: units of each group. `axes`: one binding for each axis of each tensor.
-    `shapes`: the full shapes. Raises `InputError` where they contradict each other.
+class UnitSpace(Space):
+    """A `Space` that cuts trees of tensors.
 
     >>> space = UnitSpace({"h": 3}, {"w": (Unit("h"), Free())}, {"w": (3, 2)})
     >>> w = {"w": torch.arange(6.0).reshape(3, 2)}
@@ -76,94 +75,15 @@ class UnitSpace:
     [[0.0, 1.0], [4.0, 5.0]]
     """
 
-    groups: Mapping[str, int]
-    axes: Mapping[str, tuple[Binding, ...]]
-    shapes: Mapping[str, tuple[int, ...]]
     _cuts: OrderedDict[bytes, _Cuts] = field(
         default_factory=OrderedDict, init=False, repr=False, compare=False
     )
 
-    def __post_init__(self) -> None:
-        if set(self.axes) != set(self.shapes):
-            odd = sorted(set(self.axes) ^ set(self.shapes))
-            raise InputError(f"tensors {odd} have a binding or a shape, but not both; give both")
-        for name, bindings in self.axes.items():
-            shape = tuple(self.shapes[name])
-            wanted = tuple(
-                size if isinstance(binding, Free) else extent(binding, self.groups)
-                for binding, size in zip(bindings, shape, strict=False)
-            )
-            if len(bindings) != len(shape) or wanted != shape:
-                raise InputError(
-                    f"tensor {name!r} has shape {shape}, its bindings say {wanted}; correct one"
-                )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"groups": self.groups, "axes": self.axes, "shapes": self.shapes}
+        return {name: getattr(self, name) for name in _STATED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cuts=OrderedDict())
-
-    # -- what a map means here
-
-    @property
-    def num_units(self) -> int:
-        """J_w, the units of all groups together."""
-        return sum(self.groups.values())
-
-    def size(self, group: str) -> int:
-        """C_g, the units of one group; `InputError` for an unknown group."""
-        if group not in self.groups:
-            raise InputError(f"unknown unit group {group!r}; {did_you_mean(group, self.groups)}")
-        return self.groups[group]
-
-    def validate(self, map: IndexMap) -> None:
-        """Raise `InputError` for an unknown group or a unit beyond its group."""
-        for group, indices in map.kept.items():
-            size = self.size(group)
-            if indices[-1] >= size:
-                raise InputError(
-                    f"group {group!r} has units 0 to {size - 1}, the map keeps unit "
-                    f"{int(indices[-1])}; keep units below {size}"
-                )
-
-    def canonical(self, map: IndexMap) -> IndexMap:
-        """The same map without the groups that it keeps whole, so that equal means equal."""
-        kept = {g: i for g, i in map.kept.items() if len(i) < self.size(g)}
-        return map if len(kept) == len(map.kept) else IndexMap(kept)
-
-    def counts_by_group(self, map: IndexMap) -> dict[str, int]:
-        """Kept units of each group."""
-        kept = map.kept
-        return {g: len(kept[g]) if g in kept else size for g, size in self.groups.items()}
-
-    def counts(self, map: IndexMap) -> tuple[int, ...]:
-        """Kept units in the order of `groups`: the static shape of the sub-network."""
-        return tuple(self.counts_by_group(map).values())
-
-    def indices(self, binding: Binding, map: IndexMap, size: int | None = None) -> np.ndarray:
-        """The kept indices of an axis, int64 and increasing; `size` is a free axis's extent."""
-        match binding:
-            case Free(length):
-                length = length if length is not None else size
-                return np.arange(extent(Free(length), self.groups))
-            case Unit(group):
-                return self._units(map, group)
-            case Block(group, each):
-                units = self._units(map, group)
-                return (units[:, None] * each + np.arange(each)).reshape(-1)
-            case Gates(group, gates):
-                offsets = np.arange(gates) * self.size(group)
-                return (offsets[:, None] + self._units(map, group)).reshape(-1)
-            case Concat(parts):
-                ends = np.cumsum([0] + [extent(part, self.groups) for part in parts])
-                pieces = [self.indices(p, map) + e for p, e in zip(parts, ends, strict=False)]
-                return np.concatenate(pieces)
-        raise TypeError(f"{binding!r} is not an axis binding")
-
-    def _units(self, map: IndexMap, group: str) -> np.ndarray:
-        kept = map.kept.get(group)
-        return np.arange(self.size(group)) if kept is None else kept
 
     def bound(self, name: str) -> str | None:
         """The tensor whose bindings cut a leaf of this name; None for a free leaf.
@@ -182,27 +102,12 @@ class UnitSpace:
         bound = self.bound(name)
         return tuple(leaf.shape) if bound is None else tuple(self.shapes[bound])
 
-    def slice_shapes(self, map: IndexMap) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of the sub-network."""
-        counts = self.counts_by_group(map)
-        return {
-            name: tuple(
-                size if isinstance(binding, Free) else extent(binding, counts)
-                for binding, size in zip(bindings, self.shapes[name], strict=True)
-            )
-            for name, bindings in self.axes.items()
-        }
-
-    def slice_numel(self, map: IndexMap, without: Collection[str] = ()) -> int:
-        """Entries of all tensors of the sub-network together, but for those in `without`."""
-        shapes = self.slice_shapes(map)
-        return sum(math.prod(shape) for name, shape in shapes.items() if name not in without)
-
     def cut_numel(self, tensors: Mapping[str, Tensor], map: IndexMap) -> int:
         """Entries of the sub-network's cut of a tree of full tensors, free leaves whole."""
         shapes = self.slice_shapes(map)
+        bound = {name: self.bound(name) for name in tensors}
         return sum(
-            leaf.numel() if (of := self.bound(name)) is None else math.prod(shapes[of])
+            leaf.numel() if (of := bound[name]) is None else math.prod(shapes.get(of, (0,)))
             for name, leaf in tensors.items()
         )
 
@@ -215,12 +120,15 @@ class UnitSpace:
 
         With `copy` the results are fresh and contiguous. Without, contiguous cuts (full
         and prefix maps) are views of `tensors`: cheaper, and not to be written to.
-        Names absent from `tensors` stay absent; dtype and device are kept.
+        Names absent from `tensors` stay absent, and so do tensors of blocks that the map
+        skips; dtype and device are kept.
         """
         cuts = self._cuts_for(map)
         small = {}
         for name, tensor in tensors.items():
             cut = cuts[name]
+            if cut is _ABSENT:
+                continue
             piece = tensor if cut.slices is None else tensor[cut.slices]
             for axis, index in cut.select:
                 piece = piece.index_select(axis, _on(index, tensor))
@@ -274,6 +182,8 @@ class UnitSpace:
         cuts = self._cuts_for(map)
         for name, tensor in dense.items():
             cut = cuts[name]
+            if cut is _ABSENT:
+                continue
             view = tensor if cut.slices is None else tensor[cut.slices]
             if cut.grid is not None:
                 grid = tuple(_on(i, tensor) for i in cut.grid)
@@ -303,6 +213,11 @@ class UnitSpace:
         self, cuts: _Cuts, name: str, small: Tensor, full: Mapping[str, Tensor] | None = None
     ) -> _Cut:
         cut = cuts[name]
+        if cut is _ABSENT:
+            raise InputError(
+                f"tensor {name!r} is not part of this map's sub-network; "
+                "use the map that the tensor was cut with"
+            )
         if cut.shape is None:
             if full is not None and small.shape != full[name].shape:
                 raise InputError(
@@ -320,7 +235,11 @@ class UnitSpace:
         cuts = self._cuts.get(map.key)
         if cuts is None:
             self.validate(map)
-            cuts = _Cuts((name, self._cut(name, map)) for name in self.axes)
+            counts = self.counts_by_group(map)
+            cuts = _Cuts(
+                (name, self._cut(name, map) if self.has(name, counts) else _ABSENT)
+                for name in self.axes
+            )
             self._cuts[map.key] = cuts
             if len(self._cuts) > _MAX_CUTS:
                 self._cuts.popitem(last=False)

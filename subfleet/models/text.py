@@ -178,6 +178,7 @@ def text_network(
         input_shape=tuple(input_shape),
         num_classes=num_classes,
         elastic=tuple(groups),
+        input_dtype=torch.int64,
     )
 
 

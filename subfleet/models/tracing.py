@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from subfleet.core.bindings import Binding, Block, Concat, Free, Gates, Unit
+from subfleet.core.bindings import Binding, groups_of
 from subfleet.core.cost import Layer
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.supernet import SuperNetwork, drop_counters
@@ -273,6 +273,7 @@ class _Traced:
             num_classes=self.num_classes,
             elastic=tuple(groups),
             statistics=frozenset(shapes) - trained,
+            input_dtype=self.dtype,
         )
 
     def _layers(self, names: Mapping[int, str]) -> Iterable[Layer]:
@@ -290,23 +291,12 @@ class _Traced:
         """What became of each layer, and which functions were not understood."""
         names, found = self._names(), []
         for layer, label in self.found.outputs.items():
-            groups = tuple(dict.fromkeys(_groups(self.axes.binding(label, names))))
+            groups = tuple(dict.fromkeys(groups_of(self.axes.binding(label, names))))
             reason = "" if groups else "one unit alone" if size_of(label) == 1 else _FIXED
             found.append(Finding(layer, groups, str(self.axes.reason(label) or reason)))
         for layer, name in self.found.unseen.items():
             found.append(Finding(layer, (), f"{name} is not followed, nor its cost counted"))
         return found
-
-
-def _groups(binding: Binding) -> Iterable[str]:
-    match binding:
-        case Unit(group) | Block(group, _) | Gates(group, _):
-            yield group
-        case Concat(parts):
-            for part in parts:
-                yield from _groups(part)
-        case Free():
-            return
 
 
 def _shape(value: object) -> str:

@@ -34,10 +34,11 @@ def test_the_window_of_a_round(round, fc0, fc1):
 @pytest.mark.parametrize("first", [1, 6])
 def test_in_as_many_rounds_as_units_every_unit_is_trained_equally_often(first):
     algorithm = fedrolex()
+    space = algorithm.setting.net.space
     for tier, (wide, narrow) in enumerate([(8, 4), (4, 2), (2, 1)]):
         seen = {"fc0": np.zeros(8, int), "fc1": np.zeros(4, int)}
         for round in range(first, first + 8):
-            for group, units in algorithm.map_of(tier, round).kept.items():
+            for group, units in space.used(algorithm.map_of(tier, round)).items():
                 seen[group][units] += 1
         assert seen["fc0"].tolist() == [wide] * 8  # C_g rounds of n_g units on C_g units
         assert seen["fc1"].tolist() == [2 * narrow] * 4

@@ -69,15 +69,15 @@ def test_a_budget_that_no_width_meets():
     for part in ("flops=8,930", "'small_cnn'", "flops=8,931", "params=129", "raise the budget"):
         assert part in str(error.value)
     with pytest.raises(InputError, match="tier 'low': budget params=5"):
-        Tier(name="low", share=1, params=5).largest_width(NET)
+        Tier(name="low", share=1, params=5).largest_map(NET)
     with pytest.raises(InputError, match="budget flops is 0"):
         Budget(flops=0)
 
 
 def test_tiers():
-    assert Tier(name="mid", share=1, width=0.5).largest_width(NET) == 0.5
-    half = NET.cost(width_map(NET, 0.5))
-    assert Tier(name="mid", share=1, flops=half.flops).largest_width(NET) == 0.5
+    half = width_map(NET, 0.5)
+    assert Tier(name="mid", share=1, width=0.5).largest_map(NET) == half
+    assert Tier(name="mid", share=1, flops=NET.cost(half).flops).largest_map(NET) == half
     with pytest.raises(InputError, match="give a width, or else"):
         Tier(name="x", share=1)
     with pytest.raises(InputError, match="give a width, or else"):

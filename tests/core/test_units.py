@@ -279,7 +279,6 @@ def test_wire_bytes_of_a_map():
 @pytest.mark.parametrize(
     ("units", "says"),
     [
-        ([], "'c' keeps no unit"),
         ([1, 1], "not strictly increasing"),
         ([2, 1], "not strictly increasing"),
         ([-1, 2], "not strictly increasing"),
@@ -293,6 +292,8 @@ def test_bad_indices_are_named(units, says):
 
 
 def test_maps_that_do_not_fit_the_space():
+    with pytest.raises(InputError, match="'c' keeps no unit; keep at least 1"):
+        SPACE.validate(IndexMap.of({"c": []}))
     with pytest.raises(InputError, match="'c' has units 0 to 3, the map keeps unit 4"):
         SPACE.validate(IndexMap.of({"c": [0, 4]}))
     with pytest.raises(InputError, match="unknown unit group 'conv'"):
