@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from subfleet.cli_catalog import algorithms, models_app
+from subfleet.cli_catalog import algorithms
 from subfleet.cli_data import data_app
+from subfleet.cli_models import models_app
 from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
 
