@@ -7,6 +7,9 @@ from collections.abc import Callable
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models.chain import chain as chain
 from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
+from subfleet.models.metagater import metagater_a, metagater_b
+from subfleet.models.mobilenet import adds_mobilenet, mobilenet_v2
+from subfleet.models.resnet import resnet18, resnet34, resnet56
 from subfleet.models.text import char_lstm, sent_lstm
 from subfleet.models.tracing import explain as explain
 from subfleet.models.tracing import supernet as supernet
@@ -18,6 +21,13 @@ ZOO: dict[str, Callable[..., SuperNetwork]] = {
     "cifar_cnn": cifar_cnn,
     "logreg": logreg,
     "vgg": vgg,
+    "adds_mobilenet": adds_mobilenet,
+    "metagater_a": metagater_a,
+    "metagater_b": metagater_b,
+    "mobilenet_v2": mobilenet_v2,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet56": resnet56,
     "char_lstm": char_lstm,
     "sent_lstm": sent_lstm,
 }

@@ -12,6 +12,18 @@ from subfleet.models.chain import chain, features
 from subfleet.models.cnn import Layers, Norm, norm_layer, scaled
 
 
+def fully_connected(
+    name: str, layers: Layers, input_shape: tuple[int, ...], sizes: tuple[int, ...], width: float
+) -> None:
+    """Append ReLU-FC layers of `sizes`, of which the last, the classes, is not scaled."""
+    before = features(name, nn.Sequential(layers), input_shape)
+    hidden = [scaled(size, width) for size in sizes[:-1]]
+    for i, size in enumerate((*hidden, sizes[-1]), start=1):
+        layers[f"relu_fc{i}"] = nn.ReLU()
+        layers[f"fc{i}"] = nn.Linear(before, size)
+        before = size
+
+
 def vgg(
     *,
     input_shape: tuple[int, ...] = (1, 28, 28),
@@ -40,9 +52,5 @@ def vgg(
             layers[f"pool{i}"] = nn.MaxPool2d(2, ceil_mode=True)
             before = after
         layers["flatten"] = nn.Flatten()
-        before = features("vgg", nn.Sequential(layers), input_shape)
-        for i, size in enumerate((*(scaled(h, width) for h in hidden), num_classes), start=1):
-            layers[f"relu_fc{i}"] = nn.ReLU()
-            layers[f"fc{i}"] = nn.Linear(before, size)
-            before = size
+        fully_connected("vgg", layers, input_shape, (*hidden, num_classes), width)
     return chain("vgg", nn.Sequential(layers), input_shape)
