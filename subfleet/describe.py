@@ -77,8 +77,10 @@ def describe(
         wire_bytes = entries[OTHERS] * BYTES_PER_ENTRY
         layers.append(others | {"params": trained[OTHERS], "wire_bytes": wire_bytes})
     wire = net.wire_bytes(map)
+    used = net.space.used(map)  # a block that is skipped uses none of its own groups
+    kept = {group: count if group in used else 0 for group, count in counts.items()}
     total = {
-        "units": sum(counts[group] for group in net.space.widths),
+        "units": sum(kept[group] for group in net.space.widths),
         "of": net.space.num_units,
         "params": net.stored_params(map, "local"),
         "weights": sum(cost.params for _, cost in table),
@@ -86,7 +88,7 @@ def describe(
         "wire_bytes": wire.total,
         "map_bytes": wire.map,
     }
-    groups = [{"group": g, "kept": counts[g], "of": size} for g, size in full.items()]
+    groups = [{"group": g, "kept": kept[g], "of": size} for g, size in full.items()]
     memory = training_memory(net, map, batch=batch, optimizer=optimizer)
     held = {"batch": batch, "optimizer": optimizer, **memory._asdict(), "total": memory.total}
     return Description(layers, groups, total, held)

@@ -18,6 +18,7 @@ from subfleet.core.memory import training_memory
 from subfleet.core.units import IndexMap
 from subfleet.describe import OTHERS, describe
 from subfleet.models import ZOO, supernet
+from subfleet.models.elastic import elastic
 
 runner = CliRunner()
 
@@ -77,6 +78,25 @@ def test_what_no_layer_holds_has_a_row_of_its_own() -> None:
     found = describe(supernet(build(), example), IndexMap.full())
     assert found.layers[-1]["layer"] == OTHERS and found.layers[-1]["params"] == 6
     assert found.total["params"] == sum(row["params"] for row in found.layers)
+
+
+def test_skipped_blocks_and_small_kernels_cost_what_they_cost() -> None:
+    net = elastic(
+        ZOO["resnet18"](width=0.1), stages=[["layer1.1"]], kernels={"layer2.1.first.conv": [1]}
+    )
+    map = width_map(net, 1.0, depth=0.0, kernel=1)
+    found = describe(net, map, batch=2)
+    rows = {row["layer"]: row for row in found.layers}
+    assert rows["layer1.1.first.conv"] | {"of": 0, "inputs_of": 0} == dict.fromkeys(
+        rows["stem.conv"], 0
+    ) | {"layer": "layer1.1.first.conv", "kind": "conv"}
+    assert rows["layer2.1.first.conv"]["params"] == 13 * 13
+    kept = {row["group"]: row["kept"] for row in found.groups}
+    assert kept["layer1.1.first.conv"] == kept["layer1.1.block"] == 0
+    assert kept["layer2.1.first.conv.kernel"] == 1
+    small = net.module(map)
+    assert found.total["params"] == sum(p.numel() for p in small.parameters())
+    assert found.total["units"] == sum(kept[group] for group in net.space.widths)
 
 
 def test_the_list_counts_parameters_as_describe_does() -> None:
