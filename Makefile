@@ -3,28 +3,32 @@
 #   make demo     install, then watch three tiers of clients train sub-networks
 #   make test     install, then run the tests
 #   make check    install, then formatting, lint and types
+#   make bench    install, then clients a second beside a plain loop (and beside Flower
+#                 and pfl, once `make bench-peers` has installed them)
 #
 # Variables: VENV (the environment's folder), PYTHON (which Python makes it),
 # TORCH_INDEX (address of an extra package index, such as PyTorch's own for CPUs;
 # without it pip takes the torch that your index serves, on Linux with CUDA),
-# PYTEST_ARGS and BENCH_ARGS.
+# PEERS (the folder of the peers' environments), PYTEST_ARGS and BENCH_ARGS.
 
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PEERS ?= .bench-peers
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet \
-	--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_OPTIONS := --disable-pip-version-check --quiet --quiet \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt
 
 DEMO := $(BIN)/python -m subfleet demo
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+PEER_STAMPS := $(PEERS)/flower/.installed $(PEERS)/pfl/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench bench-peers clean
 
 help:
 	@echo "make install   make the environment in $(VENV)"
@@ -32,8 +36,9 @@ help:
 	@echo "make test      install, then run the tests (PYTEST_ARGS='-m \"not ray\"' for fewer)"
 	@echo "make check     install, then check formatting, lint and types"
 	@echo "make format    put the code into the house format"
-	@echo "make bench     install, then run every script in benchmarks/"
-	@echo "make clean     remove the environment, caches and build leftovers"
+	@echo "make bench     install, then measure clients a second (BENCH_ARGS='--help' tells more)"
+	@echo "make bench-peers   install Flower and pfl in $(PEERS), for make bench to measure too"
+	@echo "make clean     remove the environments, caches and build leftovers"
 
 install: $(STAMP)
 
@@ -63,9 +68,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	@for script in $(BENCHMARKS); do \
-		echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS) || exit 1; done
+	$(BIN)/python benchmarks/throughput.py --peers $(PEERS) $(BENCH_ARGS)
+
+bench-peers: $(PEER_STAMPS)
+
+$(PEERS)/%/.installed: benchmarks/peers/%_requirements.txt
+	@echo "Installing $* into $(PEERS)/$* (a minute or two) ..."
+	@test -x $(PEERS)/$*/bin/python || $(PYTHON) -m venv $(PEERS)/$*
+	@$(PEERS)/$*/bin/python -m pip install $(PIP_OPTIONS) --requirement $<
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

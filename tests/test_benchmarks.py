@@ -1,0 +1,101 @@
+"""The benchmarks: that they start, compare like with like, and give their figures as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
+
+
+@pytest.fixture
+def side(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of `benchmarks/sides` by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: importlib.import_module(f"sides.{name}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_tells_what_it_does(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("leaf_cnn", 6_603_710), ("small_cnn", 55_518), ("cifar_cnn", 1_626_442), ("logreg", 48_670)],
+)
+def test_both_sides_train_networks_of_the_same_shapes(
+    side: Any, name: str, parameters: int
+) -> None:
+    workload = side("workloads").WORKLOADS[name]
+    plain = [tuple(value.shape) for value in workload.plain_module().parameters()]
+    own = [tuple(value.shape) for value in side("engine_alone").network(workload).init(0).values()]
+    assert sorted(plain) == sorted(own)
+    assert sum(value.numel() for value in workload.plain_module().parameters()) == parameters
+
+
+def test_the_rows_of_a_client_are_the_same_wherever_they_are_drawn(side: Any) -> None:
+    workload = side("workloads").WORKLOADS["cifar_cnn"]
+    block = side("engine_alone")._block(workload, np.array([7, 3]))
+    x, y = workload.rows(3)
+    assert (block.x[block.offsets[1] :] == x.numpy()).all()
+    assert (block.y[block.offsets[1] :] == y.numpy()).all()
+
+
+def test_each_side_is_first_in_half_of_the_pairs(side: Any) -> None:
+    order: list[str] = []
+
+    def running(name: str, rate: float) -> Any:
+        return lambda: order.append(name) or rate
+
+    pairs = side("measure").in_turn(running("plain", 2.0), running("own", 3.0), 3)
+    assert order == ["plain", "own", "own", "plain", "plain", "own"]
+    assert side("measure").summary(pairs, flops=10.0)["ratio"] == 1.5
+
+
+def test_what_hosts_do_beside_training_is_overhead(side: Any) -> None:
+    seconds = {"plan": 0.1, "train": 2.0, "total": 2.2}
+    phases = side("end_to_end").breakdown([seconds, seconds], 1.8)
+    assert phases["train"] == 1.8
+    assert phases[side("end_to_end").SUMS] == pytest.approx(0.2)
+    assert phases["other"] == pytest.approx(0.1)
+    assert phases["overhead"] == pytest.approx(0.4 / 2.2, abs=1e-4)
+
+
+def test_the_engine_alone_is_measured_without_ray(tmp_path: Path) -> None:
+    for package in ("ray", "pyarrow", "pydantic"):
+        (tmp_path / f"{package}.py").write_text('raise ImportError("not here")\n')
+    command = [sys.executable, str(BENCHMARKS / "throughput.py"), "--workload", "logreg"]
+    command += ["--kinds", "engine", "--repeats", "1", "--json", "-"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{BENCHMARKS.parent}"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(ended.stdout)["workloads"]["logreg"]["engine"]
+    assert figures["ratio"] > 0
+    assert figures["choice"]["way"] in ("loop", "vmap")
+
+
+def test_what_the_engine_cannot_do_is_said(side: Any) -> None:
+    from subfleet.core.errors import InputError
+
+    alone = side("engine_alone")
+    workload = side("workloads").WORKLOADS["logreg"]
+    with pytest.raises(InputError, match="dtype='int8'"):
+        alone.choice_for(alone.network(workload), "cpu", alone.How(dtype="int8"))
