@@ -19,12 +19,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from torch import nn
 
 from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
 from subfleet.core.algorithm import Algorithm, Setting
 from subfleet.core.errors import InputError, did_you_mean
+from subfleet.core.supernet import SuperNetwork
 
 if TYPE_CHECKING:
     from subfleet.datasets.federation import Federation
@@ -155,6 +158,8 @@ def model_facts(federation: Federation) -> dict[str, Any]:
 def build_model(table: ModelTable, **runtime: Any) -> Any:
     """The super-network of `[model]`; of `runtime` the factory gets what it has names for.
 
+    A factory of the user's may make a plain `nn.Module`, such as its class: it is traced.
+
     Raises:
         InputError: An option is wrong, or the data are tokens and the model is for images.
     """
@@ -166,7 +171,23 @@ def build_model(table: ModelTable, **runtime: Any) -> Any:
             f"model.name = {table.name!r}: the data are tokens, which it does not read; "
             f"choose one of {', '.join(text)}, or your own: 'module:attribute'"
         )
-    return _build("model", factory, table, runtime)
+    model = _build("model", factory, table, runtime)
+    return _traced(model, table.name, runtime) if isinstance(model, nn.Module) else model
+
+
+def _traced(module: nn.Module, name: str, runtime: Mapping[str, Any]) -> SuperNetwork:
+    """The super-network of a plain module, for the shape that the data have."""
+    from subfleet.models import supernet
+
+    shape = runtime.get("input_shape") or getattr(module, "input_shape", None)
+    if shape is None:
+        raise InputError(
+            f"model.name = {name!r}: it makes a plain module, and there are no data to say what "
+            "that takes; give the module an attribute input_shape, or return "
+            "subfleet.models.supernet(module, example_input)"
+        )
+    dtype = torch.int64 if runtime.get("vocabulary") else torch.float32
+    return supernet(module, torch.zeros(1, *shape, dtype=dtype), name=name.rpartition(":")[2])
 
 
 def build_data(table: DataTable, **runtime: Any) -> Any:

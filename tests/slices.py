@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from subfleet.core.presence import centre
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import Binding, Block, Concat, Gates, IndexMap, Unit, extent
 from subfleet.models.blocks import StandardisedConv2d
@@ -20,11 +21,13 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def drawn(net: SuperNetwork, seed: int) -> IndexMap:
-    """A random map: any number of any units of every group."""
-    draw = np.random.default_rng(seed)
-    return IndexMap.random(
-        net.space, {g: int(draw.integers(1, n + 1)) for g, n in net.space.groups.items()}, draw
-    )
+    """A random map: any units of every layer, any blocks, any kernel sizes."""
+    draw, space = np.random.default_rng(seed), net.space
+    widths = {g: int(draw.integers(1, space.size(g) + 1)) for g in space.widths}
+    kept = dict(IndexMap.random(space, widths, draw).kept)
+    kept |= {g: np.arange(int(draw.integers(2))) for g in space.blocks}
+    kept |= {g: centre(space.size(g), int(draw.choice(k))) for g, k in space.kernels.items()}
+    return IndexMap(kept)
 
 
 def tensors_of(net: SuperNetwork, seed: int = 5) -> Tensors:
@@ -64,7 +67,8 @@ def check_slice(net: SuperNetwork, tensors: Tensors, x: Tensor, kept: IndexMap) 
     coverage = net.space.coverage(kept, torch.float64)
     assert sum(int(c.sum()) for c in coverage.values()) == net.stored_params(kept)
     ones = net.space.scatter({n: torch.ones_like(t) for n, t in small.items()}, kept)
-    assert all(torch.equal(ones[n], c) for n, c in coverage.items())
+    absent = torch.zeros(())
+    assert all(torch.equal(ones.get(n, absent).expand_as(c), c) for n, c in coverage.items())
     # The full network with all else zero computes what the small one does.
     module = net.module().double().eval()
     know_the_mask(net, module, kept)
@@ -131,7 +135,7 @@ def _standardised(
 def check_order(net: SuperNetwork, tensors: Tensors, x: Tensor, seed: int) -> None:
     """Units in another order, and the map with them: the sub-network computes the same."""
     draw = np.random.default_rng(seed)
-    orders = {g: draw.permutation(n) for g, n in net.space.groups.items()}
+    orders = {g: draw.permutation(net.space.size(g)) for g in net.space.widths}
     other = {}
     for leaf, tensor in tensors.items():
         for axis, binding in enumerate(net.space.axes[leaf]):
@@ -139,7 +143,8 @@ def check_order(net: SuperNetwork, tensors: Tensors, x: Tensor, seed: int) -> No
             tensor = tensor.index_select(axis, index)
         other[leaf] = tensor
     kept = drawn(net, seed)
-    there = IndexMap.of({g: np.flatnonzero(np.isin(orders[g], i)) for g, i in kept.kept.items()})
+    moved = {g: np.flatnonzero(np.isin(orders[g], kept.kept[g])) for g in orders}
+    there = IndexMap.of(dict(kept.kept) | moved)
     torch.testing.assert_close(
         outputs(net, other, x, there), outputs(net, tensors, x, kept), **CLOSE
     )
@@ -148,7 +153,7 @@ def check_order(net: SuperNetwork, tensors: Tensors, x: Tensor, seed: int) -> No
 def _moved(binding: Binding, orders: dict[str, np.ndarray], length: int) -> np.ndarray:
     """The old indices of an axis in the order of its units' new places."""
     match binding:
-        case Unit(group):
+        case Unit(group) if group in orders:
             return orders[group]
         case Block(group, each):
             return (orders[group][:, None] * each + np.arange(each)).reshape(-1)

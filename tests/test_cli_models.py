@@ -18,7 +18,7 @@ from subfleet.core.memory import training_memory
 from subfleet.core.units import IndexMap
 from subfleet.describe import OTHERS, describe
 from subfleet.models import ZOO, supernet
-from subfleet.models.elastic import elastic
+from subfleet.models.elasticity import elastic
 
 runner = CliRunner()
 
@@ -278,7 +278,7 @@ def test_explanations_agree_with_the_zoos_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["describe", "explain"])
-def test_a_plain_module_is_no_super_network(command: str, own: None) -> None:
+def test_a_plain_module_needs_to_know_its_input(command: str, own: None) -> None:
     result = runner.invoke(app, ["models", command, "cli_models_own:plain"])
     assert result.exit_code == 2
-    assert "makes a Sequential, which is no super-network; let it return" in result.stderr
+    assert "it makes a plain module, and there are no data to say what that" in result.stderr

@@ -37,7 +37,7 @@ OWN_MODEL = """
 import torch
 from torch import nn
 from subfleet.models import supernet
-from subfleet.models.elastic import elastic
+from subfleet.models.elasticity import elastic
 
 class Block(nn.Module):
     def __init__(self):

@@ -177,6 +177,7 @@ def stored_params(
     `statistics` names the running statistics of BatchNorm; with policy "local" they
     never travel and are not counted.
     """
+    space.validate(map)
     left_out = frozenset(statistics) if policy == "local" else frozenset()
     return space.slice_numel(map, without=left_out)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models.chain import chain as chain
 from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
+from subfleet.models.elasticity import elastic as elastic
 from subfleet.models.metagater import metagater_a, metagater_b
 from subfleet.models.mobilenet import adds_mobilenet, mobilenet_v2
 from subfleet.models.resnet import resnet18, resnet34, resnet56

@@ -158,7 +158,8 @@ class Follower(TorchFunctionMode):
 
     def refuse(self, problem: str, remedy: str) -> InputError:
         """An error that names the model and the layer."""
-        return InputError(f"model {self.model!r}, layer {self.layer!r}: {problem}; {remedy}")
+        where = f"layer {self.layer!r}" if self.layer else "its own forward()"
+        return InputError(f"model {self.model!r}, {where}: {problem}; {remedy}")
 
     def because(self, cause: str) -> Reason:
         """A reason at the layer that is running."""

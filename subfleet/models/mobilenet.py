@@ -13,6 +13,7 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.models.blocks import Scores, conv_norm, with_gates
 from subfleet.models.chain import chain
 from subfleet.models.cnn import Layers, Norm, norm_layer, scaled
+from subfleet.models.elasticity import elastic
 from subfleet.models.tracing import supernet
 from subfleet.models.vgg import fully_connected
 
@@ -92,7 +93,7 @@ def make_divisible(size: float, divisor: int = 8) -> int:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection; the input added where shapes agree."""
+    """1x1 expansion, depthwise, 1x1 projection; the input added where shapes agree."""
 
     def __init__(
         self,
@@ -105,10 +106,13 @@ class InvertedResidual(nn.Module):
         *,
         expands: bool,
         projects: bool,
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         self.expand = conv_norm(before, hidden, 1, norm, act=act) if expands else None
-        self.depthwise = conv_norm(hidden, hidden, 3, norm, stride=stride, groups=hidden, act=act)
+        self.depthwise = conv_norm(
+            hidden, hidden, kernel, norm, stride=stride, groups=hidden, act=act
+        )
         self.project = conv_norm(hidden, after, 1, norm)
         self.shortcut: nn.Module | None = None
         if stride == 1 and before == after:
@@ -132,6 +136,9 @@ def mobilenet_v2(
     divisor: int = 8,
     stem_stride: int = 1,
     variant: Variant = "plain",
+    depth: bool = False,
+    kernels: tuple[int, ...] = (3,),
+    transforms: bool = False,
 ) -> SuperNetwork:
     """MobileNetV2 (Sandler et al. 2018) for images of 32 pixels: 2.2 M parameters, 88 M operations.
 
@@ -148,6 +155,10 @@ def mobilenet_v2(
         variant: "dwnp" is that of DWNP (Gao et al. 2024): the third stage does not halve the
             image, the first block expands too, projections stand where a skip changes the
             width, ReLU stands for ReLU6. It takes 304 M operations.
+        depth: Blocks whose skip has no weights may be left out.
+        kernels: Sizes of the depthwise kernels; the network has the largest, and
+            sub-networks may have the others.
+        transforms: Smaller kernels are computed by trained matrices (Once-for-all).
     """
     if divisor < 1 or stem_stride not in (1, 2):
         raise InputError(
@@ -156,13 +167,21 @@ def mobilenet_v2(
         )
     if variant not in ("plain", "dwnp"):
         raise InputError(f"model.variant is {variant!r}; choose plain or dwnp")
+    if min(kernels) < 1 or any(kernel % 2 == 0 for kernel in kernels):
+        raise InputError(f"model.kernels is {list(kernels)}; give odd sizes from 1 up")
     scaled(1, width)  # refuses widths that are not above 0
     with torch.device("meta"):
         module = _mobilenet_v2(
-            input_shape[0], num_classes, norm, width, divisor, stem_stride, variant
+            input_shape[0], num_classes, norm, width, divisor, stem_stride, variant, max(kernels)
         )
     x = torch.empty(1, *input_shape, device="meta")
     net = supernet(module, x, name="mobilenet_v2", fixed=("head.conv",))
+    net = elastic(
+        net,
+        stages=_skippable(module) if depth else (),
+        kernels=_elastic_kernels(module, kernels),
+        transforms=transforms,
+    )
     # DWNP gates blocks that have hidden channels of their own, and counts no shortcut.
     ungated = () if variant == "dwnp" else ("blocks.0.",)
     return with_gates(
@@ -181,6 +200,7 @@ def _mobilenet_v2(
     divisor: int,
     stem_stride: int,
     variant: Variant,
+    kernel: int,
 ) -> nn.Sequential:
     dwnp = variant == "dwnp"
     act = nn.ReLU if dwnp else nn.ReLU6
@@ -199,6 +219,7 @@ def _mobilenet_v2(
                 step,
                 norm,
                 act,
+                kernel=kernel,
                 expands=dwnp or expansion > 1,
                 projects=dwnp,
             )
@@ -209,3 +230,24 @@ def _mobilenet_v2(
     layers["head"] = conv_norm(before, head, 1, norm, act=act)
     layers["scores"] = Scores(head, num_classes)
     return nn.Sequential(layers)
+
+
+def _blocks(module: nn.Module) -> list[tuple[str, InvertedResidual]]:
+    return [(n, part) for n, part in module.named_modules() if isinstance(part, InvertedResidual)]
+
+
+def _skippable(module: nn.Module) -> list[list[str]]:
+    """The blocks with a plain skip, stage by stage: a block without one begins a stage."""
+    stages: list[list[str]] = []
+    for name, block in _blocks(module):
+        if not isinstance(block.shortcut, nn.Identity):
+            stages.append([])
+        else:
+            stages[-1].append(name)
+    return [stage for stage in stages if stage]
+
+
+def _elastic_kernels(module: nn.Module, kernels: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    if len(set(kernels)) == 1:
+        return {}
+    return {f"{name}.depthwise.conv": kernels for name, _ in _blocks(module)}

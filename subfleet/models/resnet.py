@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models.blocks import Scores, conv_norm, with_gates
 from subfleet.models.cnn import Layers, Norm, scaled
+from subfleet.models.elasticity import elastic
 from subfleet.models.tracing import supernet
 
 
@@ -68,6 +69,7 @@ def _resnet(
     standardise: bool,
     width: float,
     projects: bool,
+    depth: bool,
     fixed: Collection[str] = (),
 ) -> SuperNetwork:
     """Stages of `blocks[i]` blocks of `channels[i]`; each but the first halves the image."""
@@ -78,8 +80,8 @@ def _resnet(
             input_shape[0], widths[0], 3, norm, act=nn.ReLU, standardise=standardise
         )
         before = widths[0]
-        for stage, (after, depth) in enumerate(zip(widths, blocks, strict=True), start=1):
-            strides = [1 if stage == 1 else 2] + [1] * (depth - 1)
+        for stage, (after, count) in enumerate(zip(widths, blocks, strict=True), start=1):
+            strides = [1 if stage == 1 else 2] + [1] * (count - 1)
             parts = []
             for stride in strides:
                 block = BasicBlock(
@@ -91,8 +93,19 @@ def _resnet(
         layers["head"] = Scores(before, num_classes)
         module = nn.Sequential(layers)
     net = supernet(module, torch.empty(1, *input_shape, device="meta"), name=name, fixed=fixed)
+    if depth:
+        net = elastic(net, stages=_skippable(module))
     # DWNP counts the two convolutions of each block, and no shortcut.
     return with_gates(net, lambda row: ".first." in row or ".second." in row)
+
+
+def _skippable(module: nn.Module) -> list[list[str]]:
+    """The blocks with a plain shortcut, stage by stage."""
+    stages: dict[str, list[str]] = {}
+    for name, block in module.named_modules():
+        if isinstance(block, BasicBlock) and isinstance(block.shortcut, nn.Identity):
+            stages.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(stages.values())
 
 
 def resnet18(
@@ -103,11 +116,13 @@ def resnet18(
     norm: Norm = "batch",
     standardise: bool = False,
     width: float = 1.0,
+    depth: bool = False,
 ) -> SuperNetwork:
     """ResNet-18 for images of 32 to 64 pixels: 11.2 M parameters, 555 M operations at 32.
 
     The stem is 3x3 with stride 1 and without a pool. `norm` "group" is GroupNorm(1, C);
     `standardise` gives the 3x3 convolutions standardised weights. `width` scales `channels`.
+    With `depth` the blocks whose shortcut has no weights may be left out.
     """
     return _resnet(
         "resnet18",
@@ -118,6 +133,7 @@ def resnet18(
         norm=norm,
         standardise=standardise,
         width=width,
+        depth=depth,
         projects=True,
     )
 
@@ -130,6 +146,7 @@ def resnet34(
     norm: Norm = "batch",
     standardise: bool = False,
     width: float = 1.0,
+    depth: bool = False,
 ) -> SuperNetwork:
     """ResNet-34 for images of 32 to 64 pixels: 21.3 M parameters, 1,159 M operations at 32.
 
@@ -144,6 +161,7 @@ def resnet34(
         norm=norm,
         standardise=standardise,
         width=width,
+        depth=depth,
         projects=True,
     )
 
@@ -156,6 +174,7 @@ def resnet56(
     norm: Norm = "batch",
     standardise: bool = False,
     width: float = 1.0,
+    depth: bool = False,
 ) -> SuperNetwork:
     """ResNet-56 as DWNP has it, shortcuts without parameters: 853 k parameters, 125 M operations.
 
@@ -172,6 +191,7 @@ def resnet56(
         norm=norm,
         standardise=standardise,
         width=width,
+        depth=depth,
         projects=False,
         fixed=("stem.conv",),  # which the later stages repeat beside their zeros
     )

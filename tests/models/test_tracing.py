@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import subfleet
+from subfleet import registry
 from subfleet._torchvision import torchvision
+from subfleet.config import ModelTable
 from subfleet.core.budget import width_map
+from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import Binding, Block, Concat, Gates, IndexMap, Unit, extent
 from subfleet.models import explain, supernet
@@ -252,3 +255,16 @@ def test_a_users_module_trains_federated(
         f"{n}.{p}" for n in ("stem", "inner", "outer", "head") for p in ("weight", "bias")
     }
     assert params["head.weight"].shape == (62, 196)
+
+
+def test_a_plain_class_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_class.py").write_text(
+        USERS_MODULE.replace("self, classes)", "self, classes=62)")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    table = ModelTable(name="users_class:Net")
+    net = registry.build_model(table, input_shape=(1, 28, 28), num_classes=62, vocabulary=0)
+    assert dict(net.space.groups) == {"stem": 4, "inner": 6} and net.name == "Net"
+    with pytest.raises(InputError, match=r"'users_class:Net': it makes a plain module, and"):
+        registry.build_model(table)

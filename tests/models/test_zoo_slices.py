@@ -40,7 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "mobilenet_v2": IMAGE | {"width": 0.25, "divisor": 2},
     "mobilenet_v2 group": IMAGE | {"width": 0.25, "divisor": 2, "norm": "group"},
     "mobilenet_v2 dwnp": IMAGE | {"width": 0.25, "divisor": 2, "variant": "dwnp"},
+    "mobilenet_v2 elastic": IMAGE
+    | {"width": 0.25, "divisor": 2, "depth": True, "kernels": (3, 5, 7)},
     "resnet18": IMAGE | {"width": 0.1},
+    "resnet18 depth": IMAGE | {"width": 0.1, "depth": True},
     "resnet18 group": IMAGE | {"width": 0.1} | GROUP,
     "resnet34": IMAGE | {"width": 0.1},
     "resnet56": IMAGE | {"width": 0.25},

@@ -4,8 +4,8 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
 import pytest
+import slices
 import torch
 import toys
 from hypothesis import given, settings
@@ -19,11 +19,10 @@ from subfleet.core.aggregate import Update, accumulate, coverage_counts, finish
 from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Budget, Tier, largest_width, width_map
 from subfleet.core.errors import InputError
-from subfleet.core.presence import centre
 from subfleet.core.program import LocalRule, Stream
 from subfleet.core.units import IndexMap
-from subfleet.models import supernet
-from subfleet.models.elastic import TransformedConv2d, elastic
+from subfleet.models import mobilenet_v2, resnet18, resnet56, supernet
+from subfleet.models.elasticity import TransformedConv2d, elastic
 
 
 class Block(nn.Module):
@@ -80,17 +79,6 @@ def tensors_of(transforms: bool):
     }
 
 
-def drawn(net, seed: int) -> IndexMap:
-    """A random map of widths, blocks and kernels."""
-    draw = np.random.default_rng(seed)
-    space = net.space
-    widths = {g: int(draw.integers(1, space.size(g) + 1)) for g in space.widths}
-    kept = dict(IndexMap.random(space, widths, draw).kept)
-    kept |= {g: np.arange(int(draw.integers(2))) for g in space.blocks}
-    kept |= {g: centre(7, int(draw.choice(s))) for g, s in space.kernels.items()}
-    return space.canonical(IndexMap(kept))
-
-
 def outputs(net, kept, tensors, x):
     module = net.module(kept).double().eval()
     module.load_state_dict(net.space.extract(tensors, kept))
@@ -105,7 +93,7 @@ X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(2), dtype=t
 @given(seed=st.integers(0, 2**32))
 def test_slices_cover_and_compute_what_the_masked_network_does(seed):
     net, tensors = net_of(), tensors_of(False)
-    kept = drawn(net, seed)
+    kept = net.space.canonical(slices.drawn(net, seed))
     small = net.space.extract(tensors, kept)
     assert set(small) == set(net.module(kept).state_dict())
     again = net.space.extract(net.space.scatter(small, kept), kept)
@@ -121,7 +109,7 @@ def test_slices_cover_and_compute_what_the_masked_network_does(seed):
 @given(seed=st.integers(0, 2**32))
 def test_costs_are_those_of_the_small_modules(transforms, seed):
     net = net_of(transforms)
-    kept = drawn(net, seed)
+    kept = net.space.canonical(slices.drawn(net, seed))
     small = net.module(kept).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         small(X[:1].float())
@@ -224,7 +212,7 @@ def test_tiers_and_budgets():
 
 def test_it_travels():
     net = pickle.loads(pickle.dumps(net_of(True)))
-    kept = drawn(net, 5)
+    kept = slices.drawn(net, 5)
     assert all(t.is_meta for t in net.module(kept, device="meta").state_dict().values())
     assert net.space.when == net_of(True).space.when
 
@@ -296,3 +284,18 @@ def test_shallow_clients_with_small_kernels_train(algorithm, transforms):
     matrices = {n for n in net.space.shapes if ".to_" in n}
     trained = {n for n in matrices if n.startswith(("stages.0.0", "stages.1.1"))}
     assert moved & matrices == trained
+
+
+def test_the_zoo_is_elastic_on_demand():
+    net = mobilenet_v2(depth=True, kernels=(3, 5, 7), transforms=True)
+    assert [len(stage) for stage in net.stages] == [1, 2, 3, 2, 2]
+    assert set(net.space.kernels.values()) == {(3, 5, 7)} and len(net.space.kernels) == 17
+    plain, small = mobilenet_v2(), width_map(net, 1.0, depth=0.0, kernel=3)
+    assert width_map(plain, 1.0, depth=0.0, kernel=3) == IndexMap.full()
+    assert net.cost(small).macs < net.cost(width_map(net, 1.0, kernel=3)).macs == plain.cost().macs
+    assert [len(stage) for stage in resnet18(depth=True).stages] == [2, 1, 1, 1]
+    assert len(resnet56(depth=True).space.blocks) == 25
+    with pytest.raises(InputError, match=r"model\.kernels is \[4\]; give odd sizes"):
+        mobilenet_v2(kernels=(4,))
+    with pytest.raises(InputError, match="a StandardisedConv2d may depend on all of its kernel"):
+        elastic(resnet18(standardise=True), kernels={"stem.conv": (1,)})

@@ -215,6 +215,10 @@ def _kernel_of(
     layer = full.get_submodule(path)
     assert isinstance(layer, nn.Conv2d)
     own, *others = {*layer.kernel_size}
+    if type(layer) is not nn.Conv2d:
+        raise refuse(
+            f"a {type(layer).__name__} may depend on all of its kernel", "use a plain Conv2d"
+        )
     if others or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise refuse(
             f"a kernel of {layer.kernel_size} with padding {layer.padding!r} in mode "
