@@ -113,6 +113,7 @@ COMMANDS = [
     "models list",
     "models describe",
     "models explain",
+    "export",
     "algorithms",
     "data list",
 ]
