@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from subfleet.config import Experiment
 from subfleet.launch import launch
@@ -133,7 +134,7 @@ def middle(samples: list[Sample], first: int, last: int) -> Sample:
     return {key: int(statistics.median(s[key] for s in inside)) for key in inside[0]}
 
 
-def soak(rounds: int, *, local: bool) -> dict[str, object]:
+def soak(rounds: int, *, local: bool) -> dict[str, Any]:
     """One run and what was seen of it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

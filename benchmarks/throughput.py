@@ -7,7 +7,8 @@ sum in two processes of one thread (one process on a GPU), its rows read beforeh
 runs beside everything else, in turn, so that ratios outlive a change of machine.
 
 - engine: the engine in two processes of one thread, as hosts are: the same rows in memory,
-  no reduction but each bundle's own sum. Needs no Ray; runs on a GPU, too.
+  no reduction but each bundle's own sum. Needs torch and NumPy alone (and PYTHONPATH=.
+  where subfleet is not installed); with --device cuda it runs on a GPU.
 - end-to-end: `subfleet run` with two hosts: rows streamed from a store, training,
   reduction, server step, metrics; mean of the rounds in a steady state. Also where a
   round's time goes, and how long the small CNN's first round takes from the command on.
@@ -190,7 +191,8 @@ def main() -> None:
     def say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
-    say(f"about {estimate(options) / 60:.0f} min on two quiet cores")
+    place = "on two quiet cores" if options.device == "cpu" else "on two cores, less on a GPU"
+    say(f"about {estimate(options) / 60:.0f} min {place}")
     if "peers" in options.kinds and (missing := peers.PEERS.keys() - options.installed.keys()):
         names = " and ".join(sorted(peers.PEERS[peer] for peer in missing))
         say(f"{names} left out: not in {options.peers}; install with `make bench-peers`")

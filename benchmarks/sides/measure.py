@@ -24,7 +24,7 @@ from subfleet.core.algorithm import FULL
 from subfleet.platform.bundles import BACKWARD
 
 Pair = tuple[float, float]
-"""Clients/s of the plain loop, and of the other side right after or before it."""
+"""Clients/s of the plain loop right before and after the other side, and of that."""
 
 PROCESSES = {"cpu": 2, "cuda": 1}  # on a GPU both sides are one process, which keeps it busy
 
@@ -36,15 +36,15 @@ def training_flops(workload: Workload) -> float:
 
 
 def in_turn(plain: Callable[[], float], other: Callable[[], float], repeats: int) -> list[Pair]:
-    """A B, B A, A B, ...: the machine's speed drifts, so each is first in half of the pairs."""
-    pairs = []
-    for repeat in range(repeats):
-        if repeat % 2:
-            rate = other()
-            pairs.append((plain(), rate))
-        else:
-            rate = plain()
-            pairs.append((rate, other()))
+    """A B A B ... A: each B beside the mean of the A before and the A after it.
+
+    The machine's speed drifts, and a B may last a minute.
+    """
+    pairs, before = [], plain()
+    for _ in range(repeats):
+        rate, after = other(), plain()
+        pairs.append(((before + after) / 2, rate))
+        before = after
     return pairs
 
 
@@ -54,7 +54,6 @@ class Loop:
     def __init__(self, side: Side, workload: Workload) -> None:
         self._side, self._workload = side, workload
         self._rounds = 0
-
         self._round()  # kernels are built on the first calls
 
     def _round(self) -> float:
@@ -117,8 +116,7 @@ def one_peer(peer: str, python: Path, name: str, rounds: int) -> dict[str, Any]:
         before = plain()
         facts = peers.run(peer, python, name, rounds)
         beside = (before + plain()) / 2
-    rates = [workload.cohort / seconds for seconds in facts.pop("seconds")]
-    pairs = [(beside, rate) for rate in rates]
+    pairs = [(beside, workload.cohort / seconds) for seconds in facts.pop("seconds")]
     return summary(pairs, training_flops(workload)) | facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import torch
@@ -31,6 +32,17 @@ def _serve(start: Callable[..., Prepare], args: tuple, inbox: Any, outbox: Any) 
         outbox.put(traceback.format_exc())
 
 
+def _answer(process: Any, outbox: Any) -> Any:
+    """The next answer; RuntimeError where the process died before it gave one."""
+    while True:
+        try:
+            return outbox.get(timeout=2)
+        except Empty:
+            if not process.is_alive():
+                message = f"a process of the benchmark died with status {process.exitcode}"
+                raise RuntimeError(message) from None
+
+
 class Side:
     """`count` processes of one thread, alive between rounds: `start(*args)` in each of them.
 
@@ -51,7 +63,8 @@ class Side:
         self._answers()
 
     def _answers(self) -> list[Any]:
-        answers = [outbox.get() for outbox in self._outboxes]
+        pairs = zip(self._processes, self._outboxes, strict=True)
+        answers = [_answer(process, outbox) for process, outbox in pairs]
         for answer in answers:
             if isinstance(answer, str):
                 raise RuntimeError(f"a process of the benchmark failed:\n{answer}")
