@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "peers"
+PATIENCE_S = 3600  # after which a peer hangs: Flower takes ten minutes for logistic regression
 PEERS = {"flower": "Flower", "pfl": "pfl"}
 
 
@@ -21,7 +22,7 @@ def run(peer: str, python: Path, workload: str, rounds: int) -> dict[str, Any]:
     """Rounds of a workload after a first one: `version`, and `seconds` of each round."""
     script = SCRIPTS / f"{peer}_side.py"
     command = [str(python), str(script), workload, "--rounds", str(rounds)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
     return json.loads(ended.stdout.splitlines()[-1])
