@@ -33,7 +33,7 @@ from subfleet.core.scaling import SIGNED
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import loop
 from subfleet.platform.chunks import Chunk
-from subfleet.platform.record import choose
+from subfleet.platform.record import candidates
 from subfleet.platform.resident import Resident
 
 TARGETS = {
@@ -70,7 +70,9 @@ class Client:
             draw.integers(0, net.num_classes, rows),
         )
         program = LossProgram(cross_entropy, LocalRule(lr=0.01), Stream(batch=batch))
-        choice = choose(net, variant, "cpu", "auto", loop=True, round=1)
+        choice = candidates(
+            net, variant, "cpu", "auto", "float32", ways=("traced", "loop"), round=1
+        )[0]
         self.chunk = Chunk(
             net=net,
             program=program,

@@ -212,8 +212,13 @@ class RunTable(Table):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="say where clients train"
     )
-    engine: Literal["auto", "loop", "vmap"] = Field(
-        default="auto", description="say how clients of one shape run: one by one, or side by side"
+    engine: Literal["auto", "loop", "traced", "vmap"] = Field(
+        default="auto",
+        description="say how clients of one shape run: one by one through autograd, one by one "
+        "traced, or side by side; auto tries",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="say in which precision networks are run while they train"
     )
     eval_every: int = Field(
         default=5, ge=0, description="set the rounds between evaluations; 0 is only after the last"

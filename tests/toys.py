@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from subfleet.algorithms.local import cross_entropy
 from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, Setting, State, TierSize
 from subfleet.core.budget import width_map
-from subfleet.core.program import ClientProgram, ClientTask, LocalRule, Params, Stream
+from subfleet.core.program import ClientProgram, ClientTask, LocalRule, LossProgram, Params, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
@@ -27,7 +28,7 @@ from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.job import Job, RunOptions
-from subfleet.platform.record import Choice, variant_name
+from subfleet.platform.record import Choice, Dtype, Way, variant_name
 from subfleet.platform.resident import Resident
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
@@ -85,6 +86,11 @@ def all_train(sizes: list[int], shape: tuple[int, ...], classes: int, seed: int 
     return federation(sizes, shape, classes, seed, train=np.ones(sum(sizes), bool))
 
 
+def loss_program(rule: LocalRule | None = None, stream: Stream | None = None) -> LossProgram:
+    """Plain local training, by SGD in batches of 4 unless said otherwise."""
+    return LossProgram(cross_entropy, rule or LocalRule(), stream or Stream(batch=4))
+
+
 # --- algorithms and bundles ----------------------------------------------------------------------
 
 
@@ -139,10 +145,12 @@ def task(
     return ClientTask(client, map, net.space.counts(map), weight, samples, 0, inputs or {})
 
 
-def choices(tasks: list[ClientTask], way: Literal["loop", "vmap"], width: int = 16) -> dict:
+def choices(
+    tasks: list[ClientTask], way: Way, width: int = 16, dtype: Dtype = "float32"
+) -> dict[str, Choice]:
     """One entry for each variant."""
     names = {variant_name(t.variant) for t in tasks}
-    return {n: Choice(n, "cpu", way, width if way == "vmap" else 1) for n in names}
+    return {n: Choice(n, "cpu", way, width if way == "vmap" else 1, dtype=dtype) for n in names}
 
 
 def run_bundle(
@@ -150,7 +158,7 @@ def run_bundle(
     tasks: list[ClientTask],
     data: InMemory,
     shared: Params,
-    way: Literal["loop", "vmap"] = "loop",
+    way: Way = "loop",
     *,
     width: int = 16,
     round: int = 1,
@@ -173,15 +181,16 @@ def each(
     tasks: list[ClientTask],
     data: InMemory,
     shared: Params,
-    way: Literal["loop", "vmap"] = "loop",
+    way: Way = "loop",
     *,
     width: int = 16,
     round: int = 1,
     seed: int = 0,
     own: list[Params | None] | None = None,
+    dtype: Dtype = "float32",
 ) -> list[tuple[Params, float, int]]:
     """Every client of one variant on its own: (what it uploads, mean loss, steps)."""
-    (choice,) = choices(tasks, way, width).values()
+    (choice,) = choices(tasks, way, width, dtype).values()
     ids = np.array([t.client for t in tasks])
     chunk = Chunk(
         net=net,
@@ -224,7 +233,7 @@ def one_round(
     tiers: list[int] | None = None,
     *,
     round: int = 1,
-    way: Literal["loop", "vmap"] = "loop",
+    way: Way = "loop",
 ) -> tuple[State, BundleResult]:
     """Plan, one bundle with everybody, server step: the next state and what the bundle returned."""
     clients = np.array(ids)

@@ -14,14 +14,15 @@ from sides.pool import Prepare, Train
 from sides.workloads import LR, WORKLOADS, Workload
 
 from subfleet.algorithms.fedavg import FedAvg
+from subfleet.algorithms.local import cross_entropy
 from subfleet.core.algorithm import FULL, Cohort, Setting, TierSize
-from subfleet.core.program import LocalRule, Stream
+from subfleet.core.program import LocalRule, LossProgram, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models import ZOO
 from subfleet.platform import bundles
 from subfleet.platform.engine import Engine, Work
-from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, variant_name
+from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def choice_for(net: SuperNetwork, device: str, how: How) -> Choice:
         if held is None:
             raise SystemExit(f"{how.record} has no choice for {net.name} on {device}")
         return held
-    chosen = choose(net, variant, device, how.engine, loop=must_loop(net), round=1)
-    return replace(chosen, dtype=how.dtype, compiled=how.compiled)
+    ways = possible(net, LossProgram(cross_entropy, LocalRule(lr=LR), Stream()))
+    first, *_ = candidates(net, variant, device, how.engine, how.dtype, ways=ways, round=1)
+    return replace(first, compiled=how.compiled)
 
 
 def start(name: str, device: str, processes: int, how: How) -> Prepare:

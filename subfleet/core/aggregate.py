@@ -25,6 +25,7 @@ from torch import Tensor
 from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap, Tensors, UnitSpace
 
+_CACHED = 1 << 16  # entries whose float64 copies stay in a core's cache
 DENSE_LIMIT = 8
 """With more distinct maps than this an update keeps full-size sums instead of one per map."""
 
@@ -243,9 +244,22 @@ def _add_to_part(part: Part, tensors: Mapping[str, Tensor], weight: float) -> No
         tensor = tensors[name]
         if tensor.shape != total.shape:
             raise _shapes_differ(name, tensor, total)
-        total.add_(tensor, alpha=weight)
+        _add_wide(total, tensor, weight)
     part.weight += weight
     part.clients += 1
+
+
+def _add_wide(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """Total += weight * tensor in float64, by stretches that stay in the cache.
+
+    Widened as a whole, a large tensor would be written to memory and read again.
+    """
+    if not (total.is_contiguous() and tensor.is_contiguous()):
+        total.add_(tensor, alpha=weight)
+        return
+    stretches = zip(total.view(-1).split(_CACHED), tensor.view(-1).split(_CACHED), strict=True)
+    for into, piece in stretches:
+        into.add_(piece.to(torch.float64), alpha=weight)
 
 
 def _add_dense(

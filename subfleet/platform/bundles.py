@@ -63,7 +63,23 @@ class EvalBundle:
     predicted: float
 
 
-Bundle = TrainBundle | EvalBundle
+@dataclass(frozen=True)
+class Trial:
+    """Clients of one variant on which one host tries some choices, for their speed alone."""
+
+    number: int
+    round: int
+    tasks: tuple[ClientTask, ...]
+    choices: tuple[Choice, ...]
+    predicted: float = 0.0
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Client ids in task order, int64."""
+        return np.array([task.client for task in self.tasks], np.int64)
+
+
+Bundle = TrainBundle | EvalBundle | Trial
 
 
 @dataclass(frozen=True)

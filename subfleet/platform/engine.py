@@ -30,12 +30,14 @@ from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
-from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle
+from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle, Trial
 from subfleet.platform.chunks import Chunk, Rows, Trained
-from subfleet.platform.record import Choice, choose, variant_name
+from subfleet.platform.memory import keep_freed_memory
+from subfleet.platform.record import Choice, candidates, variant_name
 from subfleet.platform.resident import Resident, finite
 
 RESIDENTS = 64  # networks kept between calls: where every client has its own shape, few return
+TRIAL_STEPS = 4  # of each client; enough to tell ways apart by more than the noise
 OK, SKIPPED = "ok", "skipped"  # skipped: its training was not finite
 
 
@@ -63,15 +65,26 @@ def parts_needed(program: LossProgram | StepProgram | RunProgram, local_test: bo
     return parts | ({"test"} if local_test else set())
 
 
+def shortened(program: ClientProgram, steps: int) -> ClientProgram:
+    """The program with so many steps of each stream; a search is what it is."""
+    if isinstance(program, LossProgram):
+        return replace(program, stream=replace(program.stream, steps=steps))
+    if isinstance(program, StepProgram):
+        streams = {name: replace(s, steps=steps) for name, s in program.streams.items()}
+        return replace(program, streams=streams)
+    return program
+
+
 class Engine:
     """Runs bundles on one device, keeping each variant's network between calls."""
 
     def __init__(self, work: Work, device: str):
         self.work = work
         self.device = device
-        self._residents: OrderedDict[tuple[str, str], Resident] = OrderedDict()
+        self._residents: OrderedDict[tuple[str, ...], Resident] = OrderedDict()
         if device == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
         else:
             # cuBLAS is deterministic with a workspace of fixed size only; torch insists on it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,7 +94,7 @@ class Engine:
 
     def resident(self, map: IndexMap, choice: Choice) -> Resident:
         """The network of a variant, built on first use; the last `RESIDENTS` are kept."""
-        key = (choice.variant, choice.memory_format)
+        key = (choice.variant, choice.memory_format, choice.dtype)
         if key not in self._residents:
             self._residents[key] = Resident(self.work.net, map, choice)
             if len(self._residents) > RESIDENTS:
@@ -94,16 +107,40 @@ class Engine:
     ) -> BundleResult:
         """Trains a bundle's clients and returns their partial sum, in client order."""
         phase = self.work.algorithm.phase(bundle.round)
+        return self._train(bundle, phase.program, phase.reduction == "collect", blocks, shared)
+
+    def trial(
+        self, trial: Trial, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
+    ) -> BundleResult:
+        """Seconds that one step of one client takes by each choice: the table's "seconds"."""
+        program = shortened(self.work.algorithm.phase(trial.round).program, TRIAL_STEPS)
+        seconds = []
+        for choice in trial.choices:
+            tasks = trial.tasks[: max(2, choice.side_by_side)]
+            bundle = TrainBundle(trial.number, trial.round, tasks, {choice.variant: choice}, 0.0)
+            self._train(bundle, program, True, blocks, shared)  # traces, and warms up
+            result = self._train(bundle, program, True, blocks, shared)
+            steps = max(1, int(result.table["steps"].sum()))
+            seconds.append(float(result.table["seconds"].sum()) / steps)
+        return BundleResult(trial.number, {"seconds": np.array(seconds)}, {})
+
+    def _train(
+        self,
+        bundle: TrainBundle,
+        program: ClientProgram,
+        collect: bool,
+        blocks: Mapping[str, Rows],
+        shared: Mapping[int, Params],
+    ) -> BundleResult:
         started = perf_counter()
-        collect = phase.reduction == "collect"
-        tally = _Tally(self.work.net, phase.program, len(bundle.tasks), collect=collect)
+        tally = _Tally(self.work.net, program, len(bundle.tasks), collect=collect)
         for variant, positions in bundle.chunks():
             tasks = [bundle.tasks[i] for i in positions]
             choice = bundle.choices[variant_name(variant)]
             own = [self._own(bundle, i) for i in positions]
             chunk = Chunk(
                 net=self.work.net,
-                program=phase.program,
+                program=program,
                 choice=choice,
                 tasks=tasks,
                 positions=positions,
@@ -148,9 +185,7 @@ class Engine:
         for name, map in bundle.views.items():
             if map.key not in distinct:
                 variant = self.work.net.space.counts(map)
-                choice = choose(
-                    self.work.net, variant, self.device, "auto", loop=True, round=bundle.round
-                )
+                choice = self._evaluating(variant, bundle.round)
                 net = self.resident(map, choice)
                 params = self.work.net.space.extract(shared[0], map)
                 adapting = self._adapting(bundle, blocks, shared, map, net, choice)
@@ -160,6 +195,13 @@ class Engine:
             correct, loss, count = distinct[map.key]
             table |= {f"{name}/correct": correct, f"{name}/loss": loss, f"{name}/count": count}
         return BundleResult(bundle.number, table, {"evaluate": perf_counter() - started})
+
+    def _evaluating(self, variant: object, round: int) -> Choice:
+        """One client after the other, in full precision."""
+        (choice, *_) = candidates(
+            self.work.net, variant, self.device, "loop", "float32", ways=("loop",), round=round
+        )
+        return choice
 
     def _adapting(
         self,

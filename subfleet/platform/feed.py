@@ -22,7 +22,8 @@ class Feed:
         self, chunk: Chunk, group: range, stream: Stream, net: Resident, *, cycle: int | None = None
     ):
         self.device = chunk.device
-        self.x_KN, self.y_KN = chunk.stacked(group, stream.part, net)
+        x_KN, y_KN = chunk.stacked(group, stream.part, net)
+        self.x, self.y = x_KN.flatten(0, 1), y_KN.flatten()  # client after client
         schedules = [chunk.schedule(i, stream) for i in group]
         self.num_steps_K = [len(schedule) for schedule in schedules]
         if cycle is not None:
@@ -30,10 +31,12 @@ class Feed:
             cycled = (schedule or nothing for schedule in schedules)
             schedules = [[s[i % len(s)] for i in range(cycle)] for s in cycled]
         rows, weights = batches.padded(schedules)
-        self.rows_KSB = torch.from_numpy(rows).to(self.device)
+        rows += np.arange(len(group))[:, None, None] * x_KN.shape[1]
+        self.size = (len(group), rows.shape[2])
+        laid_out = rows.swapaxes(0, 1).reshape(rows.shape[1], self.size[0] * self.size[1])
+        self.rows_S = torch.from_numpy(laid_out.copy()).to(self.device)
         self.weight_KSB = torch.from_numpy(weights).to(self.device)
         self.num_rows_KS = weights.sum(axis=2, dtype=np.float64)
-        self.which_K1 = torch.arange(len(group), device=self.device)[:, None]
         # Known on the host before the first step, so that no step waits for the device.
         self._full_S = (weights.all(axis=(0, 2)) & (weights.shape[2] > 0)).tolist()
         self._active_S = (self.num_rows_KS > 0).all(axis=0).tolist()
@@ -41,7 +44,7 @@ class Feed:
     @property
     def num_steps(self) -> int:
         """S, the steps of the client that has most."""
-        return self.rows_KSB.shape[1]
+        return len(self.rows_S)
 
     @property
     def num_rows_K(self) -> list[int]:
@@ -50,8 +53,9 @@ class Feed:
 
     def at(self, step: int) -> tuple[Tensor, ...]:
         """(x_KB, y_KB), and weight_KB only where some row is padding."""
-        rows_KB = self.rows_KSB[:, step]
-        found = self.x_KN[self.which_K1, rows_KB], self.y_KN[self.which_K1, rows_KB]
+        rows = self.rows_S[step]
+        # One index into rows laid end to end: an index for each axis takes four times as long.
+        found = tuple(t.index_select(0, rows).unflatten(0, self.size) for t in (self.x, self.y))
         return found if self._full_S[step] else (*found, self.weight_KSB[:, step])
 
     def active(self, step: int) -> Tensor | None:

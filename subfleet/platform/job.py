@@ -9,7 +9,7 @@ from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation, split_clients
 from subfleet.platform.engine import Work
 from subfleet.platform.fleet import Fleet
-from subfleet.platform.record import EngineRecord
+from subfleet.platform.record import Dtype, Engine, EngineRecord
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class RunOptions:
 
     rounds: int
     cohort: int
-    engine: Literal["auto", "loop", "vmap"] = "auto"
+    engine: Engine = "auto"
+    dtype: Dtype = "float32"
     eval_every: int = 5
     eval_clients: int = 1000
     checkpoint_every: int = 10

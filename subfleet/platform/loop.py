@@ -25,9 +25,9 @@ from subfleet.core.program import (
     StepProgram,
     Stream,
 )
-from subfleet.platform import kernels, rule
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.resident import Resident, finite
+from subfleet.platform.steps import Stepper
 
 
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
@@ -84,21 +84,19 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     start = chunk.start(index)
     net.load(start)
     inputs = chunk.inputs(index)
-    weights = tuple(net.trainable.values())
-    velocity = [torch.zeros_like(w) for w in weights] if program.rule.momentum else None
-    anchor = [w.detach().clone() for w in weights] if program.rule.proximal else None
     schedule = chunk.schedule(index, program.stream)
     x, y = chunk.data(index, program.stream.part, net)
-    one = torch.ones((), device=chunk.device)
     key = chunk.noise_key(index)
+    stepper = Stepper(net, program, net.weights, net.statistics, inputs, clients=False)
+    traced_rows = program.stream.batch if chunk.choice.way == "traced" else None
     losses = []
-    for number, batch in enumerate(_batches(x, y, schedule)):
-        noise = Noise(key + number, chunk.device)
-        loss, _ = program.loss(net, net.params, batch, noise, inputs)
-        grads = kernels.gradients(loss, weights, one)
-        with torch.no_grad():
-            rule.step(program.rule, weights, grads, velocity, anchor)
-        losses.append(loss.detach())
+    with torch.no_grad():
+        for number, batch in enumerate(_batches(x, y, schedule)):
+            if len(batch.y) == traced_rows:  # others come in too many sizes to trace
+                loss = stepper.step(torch.tensor(key + number), batch[:2])
+            else:
+                loss = stepper.plain_step(Noise(key + number, chunk.device), batch)
+            losses.append(loss)
     with torch.no_grad():
         trained = {name: value.detach() for name, value in net.params.items()}
         if program.finish is None:
@@ -107,7 +105,7 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
             result = program.finish(start, trained, chunk.kept(index), inputs)
         rows = sum(map(len, schedule))
         loss = _mean(losses, schedule)
-        healthy = (rows == 0 or math.isfinite(loss)) and finite(weights)
+        healthy = (rows == 0 or math.isfinite(loss)) and finite(stepper.weights)
     return Trained(result, loss, len(schedule), rows, healthy, net.params)
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from subfleet.core.program import Batch, ClientResult, LossProgram, Noise, Params, StepProgram
-from subfleet.platform import rule
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.feed import Feed
 from subfleet.platform.resident import Resident, finite
+from subfleet.platform.steps import Stepper, chosen
 
 
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
@@ -72,31 +72,15 @@ def _loss_clients(
     params = _starts(chunk, group)
     trainable = {name: params[name] for name in net.trainable}
     buffers = {name: params[name] for name in net.statistics}
-    weights = list(trainable.values())
-    velocity = [torch.zeros_like(w) for w in weights] if program.rule.momentum else None
-    anchor = [w.clone() for w in weights] if program.rule.proximal else None
     feed = Feed(chunk, group, program.stream, net)
     keys, inputs = _keys(chunk, group), _inputs(chunk, group)
-
-    def loss(trainable, key, held, inputs, x, y, *weight):
-        batch = _batch(x, y, *weight)
-        return program.loss(net, {**trainable, **held}, batch, Noise(key), inputs)
-
-    gradient = vmap(grad_and_value(loss, has_aux=True))
+    stepper = Stepper(net, program, trainable, buffers, inputs, clients=True)
     losses: list[Tensor] = []
     with torch.no_grad():
         for step in range(feed.num_steps):
-            grads, (loss_K, _) = net.traces.call(
-                program.loss, gradient, trainable, keys + step, buffers, inputs, *feed.at(step)
-            )
-            listed = [grads[name] for name in trainable]
-            if (active_K := feed.active(step)) is None:
-                rule.step(program.rule, weights, listed, velocity, anchor, clients=True)
-            else:
-                _frozen_step(program, weights, listed, velocity, anchor, active_K)
-            losses.append(loss_K)
+            losses.append(stepper.step(keys + step, feed.at(step), feed.active(step)))
     mean_K, num_rows_K = feed.means(losses), feed.num_rows_K
-    all_finite = finite(weights)  # one look at all of them; at each only where that fails
+    all_finite = finite(stepper.weights)  # one look at all of them; at each only where that fails
     for k, index in enumerate(group):
         mine = {name: value[k] for name, value in (trainable | buffers).items()}
         if program.finish is None:
@@ -109,18 +93,6 @@ def _loss_clients(
             math.isfinite(mean_K[k]) and (all_finite or finite([mine[name] for name in trainable]))
         )
         yield Trained(result, mean_K[k], feed.num_steps_K[k], num_rows_K[k], healthy, mine)
-
-
-def _frozen_step(program, weights, grads, velocity, anchor, active_K: Tensor) -> None:
-    """A step in which finished clients keep every bit of what they have."""
-    before = [w.clone() for w in weights]
-    rule.step(program.rule, weights, grads, velocity, anchor, clients=True)
-    for w, old in zip(weights, before, strict=True):
-        w.copy_(_chosen(active_K, w, old))
-
-
-def _chosen(active_K: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(active_K.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 def _step_clients(
@@ -151,7 +123,7 @@ def _step_clients(
         stepped, metrics = vmap(one)(local, given, keys + number, inputs)
         if (active_K := main.active(number)) is not None:
             # Clients that are done keep what they have.
-            stepped = pytree.tree_map(lambda n, o, a=active_K: _chosen(a, n, o), stepped, local)
+            stepped = pytree.tree_map(lambda n, o, a=active_K: chosen(a, n, o), stepped, local)
         local = stepped
         losses.append(metrics.get("loss", torch.zeros(len(group), device=chunk.device)))
     mean_K, num_rows_K = main.means(losses), main.num_rows_K

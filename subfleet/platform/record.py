@@ -9,17 +9,20 @@ a host never chooses.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from subfleet.core.errors import InputError
+from subfleet.core.program import ClientProgram, LossProgram, RunProgram
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
 
-Way = Literal["loop", "vmap"]
+Way = Literal["loop", "traced", "vmap"]
+Dtype = Literal["float32", "bfloat16"]
+Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
 SIDE_BY_SIDE = {"cpu": 16, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 4 << 20
@@ -30,8 +33,10 @@ FULL = IndexMap.full()
 class Choice:
     """How the clients of one variant are computed on one kind of device from a round on.
 
-    `side_by_side` is the number of clients in one vmapped call at most (1 for a loop).
-    Raises `InputError` for what this release cannot compute.
+    `way`: "loop" goes through autograd, one client after the other; "traced" likewise, by
+    lists of kernels (`subfleet.platform.steps`); "vmap" takes `side_by_side` clients at
+    most in one call. `reason` says for people why. Raises `InputError` for what this
+    release cannot compute.
     """
 
     variant: str
@@ -39,10 +44,11 @@ class Choice:
     way: Way
     side_by_side: int = 1
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     compiled: bool = False
     threads: int = 1
     from_round: int = 1
+    reason: str = ""
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
@@ -63,9 +69,9 @@ class Choice:
 
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "device": ("cpu", "cuda"),
-    "way": ("loop", "vmap"),
+    "way": ("loop", "traced", "vmap"),
     "memory_format": ("contiguous", "channels_last"),
-    "dtype": ("float32",),
+    "dtype": ("float32", "bfloat16"),
     "compiled": (False,),
     "threads": (1,),
 }
@@ -139,38 +145,63 @@ def variant_name(variant: object) -> str:
     return repr(variant)
 
 
-def must_loop(net: SuperNetwork) -> bool:
-    """Whether clients of this network cannot be mapped.
+def possible(net: SuperNetwork, program: ClientProgram) -> frozenset[Way]:
+    """The ways in which clients can be computed; "loop" always is one.
 
-    With BatchNorm padded rows would enter the batch statistics; dropout's draws torch
-    cannot map, and recurrent layers it maps by a loop of its own, slower than ours.
+    A search runs plain Python. Recurrent layers torch traces and maps step by step of time,
+    slower than its loop. With BatchNorm the padded rows of mapped clients would enter the
+    batch statistics, and dropout's draws torch cannot map.
     """
     module = net.module(device="meta")
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
-    return bool(net.statistics) or recurrent or has_dropout(module)
+    if isinstance(program, RunProgram) or recurrent:
+        return frozenset({"loop"})
+    ways: set[Way] = {"loop"}
+    if isinstance(program, LossProgram):
+        ways.add("traced")
+    if not net.statistics and not has_dropout(module):
+        ways.add("vmap")
+    return frozenset(ways)
 
 
-def choose(
-    net: SuperNetwork, variant: object, device: str, engine: str, *, loop: bool, round: int
-) -> Choice:
-    """The choice for a variant not yet recorded; `loop` where nothing else is possible.
+def candidates(
+    net: SuperNetwork,
+    variant: object,
+    device: str,
+    engine: Engine,
+    dtype: Dtype,
+    *,
+    ways: Collection[Way],
+    round: int,
+) -> list[Choice]:
+    """The choices worth trying for a variant, the one to take untried first.
 
     "auto" takes vmap on a GPU, which small steps leave idle, and on CPUs for small
-    networks without convolutions, whose steps are mostly overhead; else the loop.
+    networks without convolutions, whose steps are mostly overhead; else one client at a
+    time, traced. Mapped convolutions never paid on a CPU: there they are not tried.
     """
-    has_convolutions = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
-    width = SIDE_BY_SIDE[device]
-    if device == "cpu":
-        # Where the parameters of all leave the cache, mapping loses what it gains.
-        width = min(width, CACHE_BYTES // (4 * net.stored_params(FULL)))
-    auto = device != "cpu" or (not has_convolutions and width >= 4)
-    mapped = not loop and (engine == "vmap" or (engine == "auto" and auto))
-    way: Way = "vmap" if mapped else "loop"
-    return Choice(
-        variant=variant_name(variant),
-        device=device,
-        way=way,
-        side_by_side=max(2, width) if way == "vmap" else 1,
-        memory_format="channels_last" if way == "loop" and has_convolutions else "contiguous",
-        from_round=round,
+    images = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
+    # Where the parameters of all leave the cache, mapping loses what it gains.
+    cached = (
+        CACHE_BYTES // (4 * net.stored_params(FULL)) if device == "cpu" else SIDE_BY_SIDE[device]
     )
+    widest = max(2, min(SIDE_BY_SIDE[device], cached))
+    maps = device != "cpu" or (not images and cached >= 4)
+    order: list[tuple[Way, int]] = [("traced", 1), ("loop", 1)]
+    if maps:
+        order = [("vmap", widest), ("vmap", max(2, widest // 2)), *order]
+    if engine != "auto":
+        order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
+    return [
+        Choice(
+            variant=variant_name(variant),
+            device=device,
+            way=way,
+            side_by_side=width,
+            memory_format="channels_last" if way != "vmap" and images else "contiguous",
+            dtype=dtype,
+            from_round=round,
+        )
+        for way, width in dict.fromkeys(order)
+        if way in ways
+    ]

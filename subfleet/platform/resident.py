@@ -29,6 +29,7 @@ class Resident:
     def __init__(self, net: SuperNetwork, map: IndexMap, choice: Choice):
         self.device = torch.device(choice.device)
         self.channels_last = choice.memory_format == "channels_last"
+        self.autocasts = choice.dtype == "bfloat16"
         module = net.module(map).to(self.device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -37,6 +38,9 @@ class Resident:
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         self._layers = [layer.forward for layer in module.children()] if plain else [module]
         self.trainable = dict(module.named_parameters())
+        self.leaves = tuple(self.trainable.values())
+        self.weights = {name: leaf.detach() for name, leaf in self.trainable.items()}
+        self.one = torch.ones((), device=self.device)
         # Buffers outside the super-network's tensors are constants, such as frozen word vectors.
         buffers = module.named_buffers()
         self.statistics = {n: b for n, b in buffers if n in net.space.axes}
@@ -48,6 +52,12 @@ class Resident:
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits of a batch; shape [B, classes]."""
+        if self.autocasts:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return self._scores(params, x).float()
+        return self._scores(params, x)
+
+    def _scores(self, params: Params, x: Tensor) -> Tensor:
         if params is self.params:
             for layer in self._layers:
                 x = layer(x)

@@ -19,7 +19,7 @@ from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.core.program import ClientTask, RunProgram
+from subfleet.core.program import ClientTask
 from subfleet.datasets.tables import Upcoming
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
@@ -40,10 +40,11 @@ from subfleet.platform.measure import (
     round_record,
 )
 from subfleet.platform.metrics import ClientsLog, MetricsLog, Observer, params_sha256, summarise
-from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, variant_name
+from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.tuner import Tuner
 
 FLUSH_ROUNDS = 100  # rows of clients wait in memory for so many rounds at most
 
@@ -66,7 +67,7 @@ class Rounds:
         self.clock = PhaseClock()
         self.kept: KeptStore  # of an algorithm that keeps something, while it runs
         self.warnings: tuple[str, ...] = ()
-        self.record = job.record
+        self.tuner = Tuner(self.net, executor, job.options, job.record, folder)
         self.done = 0
         self.phase_name = ""
         self.state: State = {}
@@ -96,7 +97,7 @@ class Rounds:
             self._restore()
             metrics.truncate(self.done)
             clients.truncate(self.done)
-            self._write_record()
+            self.folder.write_record(self.tuner.record)
             self._tell_start()
             self.executor.expect(self._upcoming, self.done + 1, self.options.rounds)
             reached = self._reached(metrics.read()[-1]) if self.done else False
@@ -228,7 +229,7 @@ class Rounds:
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool
     ) -> list[TrainBundle]:
-        choices = self._choices(phase, plan, round)
+        choices = self.tuner.choices(phase, plan, round)
         per = self.options.bundle_clients
         count = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
@@ -244,28 +245,6 @@ class Rounds:
             for bundle in cut:
                 bundle.own.extend(self.kept.read(bundle.ids))
         return cut
-
-    def _choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
-        """How each variant is computed; written down before a new one is first sent out."""
-        device, engine = self.executor.device, self.options.engine
-        variants = {variant_name(task.variant): task.variant for task in plan.tasks}
-        held = {name: self.record.at(name, device, round) for name in sorted(variants)}
-        loop = isinstance(phase.program, RunProgram) or must_loop(self.net)
-        for name, choice in held.items():
-            if choice is not None and choice.way == "vmap" and loop:
-                raise InputError(
-                    f"engine record: variant {name} has way='vmap', but a search, BatchNorm, "
-                    "dropout and recurrent layers need way='loop'; give a record of this experiment"
-                )
-        new = {
-            name: choose(self.net, variants[name], device, engine, loop=loop, round=round)
-            for name, choice in held.items()
-            if choice is None
-        }
-        if new:
-            self.record = self.record.extended(new.values())
-            self._write_record()
-        return {name: choice or new[name] for name, choice in held.items()}
 
     def _train(
         self, bundles: list[TrainBundle], plan: RoundPlan, *, collect: bool
@@ -362,7 +341,7 @@ class Rounds:
             "phase": self.phase_name,
             "roster": self.roster.to_state(),
             "mean_cost": self.mean_cost,
-            "engine": self.record.to_json(),
+            "engine": self.tuner.record.to_json(),
         }
         checkpoint.save(
             self.folder.checkpoints,
@@ -377,8 +356,8 @@ class Rounds:
     def _restore(self) -> None:
         # The file, not the checkpoint: it also holds what was chosen since, or before the first.
         if (written := self.folder.read_engine()) is not None:
-            self.record = EngineRecord.from_json(written, str(self.folder.engine))
-            if not self.record.begins_with(self.job.record):
+            self.tuner.record = EngineRecord.from_json(written, str(self.folder.engine))
+            if not self.tuner.record.begins_with(self.job.record):
                 raise InputError(
                     f"--engine-record differs from {self.folder.engine}, by which this run began; "
                     "leave it out to go on, or give another --out"
@@ -395,6 +374,3 @@ class Rounds:
         self.mean_cost = found.state["mean_cost"]
         if self.algorithm.keeps:
             self.kept.restore(found.path / "kept")
-
-    def _write_record(self) -> None:
-        self.folder.write_engine(self.record.to_json())

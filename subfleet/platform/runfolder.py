@@ -21,6 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from subfleet.core.errors import InputError
 from subfleet.platform.files import json_bytes, write_atomic
+from subfleet.platform.record import EngineRecord
 
 _PACKAGES = (
     "subfleet",
@@ -258,9 +259,9 @@ class RunFolder:
             if before != after
         ]
 
-    def write_engine(self, record: Any) -> None:
+    def write_record(self, record: EngineRecord) -> None:
         """Replace `engine.json`."""
-        write_atomic(self.engine, json_bytes(record, indent=2))
+        write_atomic(self.engine, json_bytes(record.to_json(), indent=2))
 
     def read_engine(self) -> Any | None:
         """The engine record, or None before it was written."""

@@ -8,48 +8,53 @@ flat list of kernels. Tracing takes some 50 ms and needs no compiler.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+from torch.fx.graph import CodeGen
 
 from subfleet.core.errors import RunFailed
+
+Traced = Callable[..., Sequence[Any]]
+"""Takes the leaves that it was traced with, others of their shapes, and gives a flat list."""
 
 _MOST = 32  # a loss made anew each round must not pile up traces
 
 
 class Traces:
-    """Traces by key and by the shapes of their arguments; the oldest go first."""
+    """Traced functions by key; the oldest go first."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._held: OrderedDict[Hashable, Traced] = OrderedDict()
 
-    def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function(*arguments)`, traced when its shapes are new.
-
-        `function` is pure, from trees of tensors to a tree of tensors; its
-        control flow depends on shapes and on `key` alone.
-        """
-        leaves, structure = pytree.tree_flatten(arguments)
-        shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        where = (key, structure, shapes)
-        if where not in self._held:
-            self._held[where] = _traced(function, arguments)
+    def get(self, key: Hashable, make: Callable[[], Traced]) -> Traced:
+        """The function of a key that says all that its control flow depends on, shapes too."""
+        if (found := self._held.get(key)) is None:
+            found = self._held[key] = make()
             if len(self._held) > _MOST:
                 self._held.popitem(last=False)
-        return self._held[where](*arguments)
+        return found
 
 
-def _traced(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+def traced(
+    function: Traced, arguments: Sequence[Any], rewrite: Callable[[GraphModule], None]
+) -> Traced:
+    """A pure function of tensors and numbers as a flat list of kernels, rewritten in place."""
+    # Tracing runs the function: on copies, for it may update statistics, and without a trace
+    # in torch's generator, which the clients draw from.
+    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in arguments]
+    devices = {leaf.device.index for leaf in copies if isinstance(leaf, Tensor) and leaf.is_cuda}
     try:
-        module = make_fx(function)(*arguments)
+        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+            module = make_fx(function)(*copies)
     except Exception as error:  # whatever the author's loss raises under tracing
         raise RunFailed(
-            f"the clients' loss cannot be mapped over clients side by side ({error}); "
-            'set run.engine = "loop"'
+            f'the clients\' loss cannot be traced ({error}); set run.engine = "loop"'
         ) from error
-    module.graph.eliminate_dead_code()
-    module.recompile()
+    module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
+    rewrite(module)
     return module.forward

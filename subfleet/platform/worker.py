@@ -12,7 +12,7 @@ import pyarrow as pa
 from subfleet.core.program import Params
 from subfleet.datasets.federation import Block, Federation
 from subfleet.datasets.tables import to_block
-from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle
+from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle, Trial
 from subfleet.platform.engine import Engine, Work, parts_needed
 
 
@@ -35,8 +35,9 @@ class Worker:
         """
         started = perf_counter()
         algorithm = self.engine.work.algorithm
-        if isinstance(bundle, TrainBundle):
-            parts = parts_needed(algorithm.phase(bundle.round).program, bundle.local_test)
+        if isinstance(bundle, TrainBundle | Trial):
+            local_test = isinstance(bundle, TrainBundle) and bundle.local_test
+            parts = parts_needed(algorithm.phase(bundle.round).program, local_test)
         else:
             adapts = algorithm.evaluation.adapts
             parts = {bundle.part} | ({"train"} if adapts else set())
@@ -45,6 +46,8 @@ class Worker:
         read = perf_counter() - started
         if isinstance(bundle, TrainBundle):
             result = self.engine.train(bundle, blocks, shared)
+        elif isinstance(bundle, Trial):
+            result = self.engine.trial(bundle, blocks, shared)
         else:
             result = self.engine.evaluate(bundle, blocks, shared)
         return replace(result, seconds=result.seconds | {"read": read})

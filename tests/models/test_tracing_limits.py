@@ -10,6 +10,7 @@ import plain_modules
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,7 @@ from subfleet.core.errors import InputError
 from subfleet.core.supernet import has_dropout
 from subfleet.core.units import IndexMap
 from subfleet.models import ZOO, explain, supernet
-from subfleet.platform.record import must_loop
+from subfleet.platform.record import possible
 
 IMAGE = torch.zeros(1, 2, 6, 6)
 
@@ -265,7 +266,7 @@ def test_functions_that_draw_are_seen() -> None:
     loud = supernet(Net(lambda x: F.dropout(x, 0.5)), IMAGE)
     noisy = supernet(Net(lambda x: x + torch.randn_like(x)), IMAGE)
     assert [has_dropout(net.module()) for net in (quiet, loud, noisy)] == [False, True, True]
-    assert [must_loop(net) for net in (quiet, loud)] == [False, True]
+    assert ["vmap" in possible(net, toys.loss_program()) for net in (quiet, loud)] == [True, False]
 
 
 def test_instance_norm_is_cut_by_channel() -> None:

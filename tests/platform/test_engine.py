@@ -16,6 +16,7 @@ from torch.func import functional_call, grad
 from subfleet.algorithms.fedpa import FedPA
 from subfleet.algorithms.local import cross_entropy
 from subfleet.core import aggregate, seeds
+from subfleet.core.budget import width_map
 from subfleet.core.errors import InputError
 from subfleet.core.program import (
     ClientResult,
@@ -48,6 +49,11 @@ def loss_program(rule=RULES["sgd"], stream=STREAM, finish=None):
     return LossProgram(cross_entropy, rule, stream, finish)
 
 
+def dropping():
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    return chain("dropping", layers, (6,))
+
+
 def mapped_tasks(net, clients, maps=(toys.FULL,)):
     return [toys.task(net, c, maps[i % len(maps)]) for i, c in enumerate(clients)]
 
@@ -78,6 +84,46 @@ def test_the_loop_equals_a_module_and_an_optimiser(norm, rule):
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)  # NaN where nothing was seen
 
 
+@pytest.mark.parametrize("norm", ["none", "batch", "group"])
+@pytest.mark.parametrize("rule", RULES)
+def test_traced_steps_equal_the_loop(rule, norm):
+    """Running statistics too; whole batches are traced, the last of a pass is not."""
+    net, data = toys.cnn(norm), toys.all_train(SIZES, (1, 8, 8), 4)
+    tasks = mapped_tasks(net, range(len(SIZES)), [width_map(net, 0.5)])
+    shared, program = net.init(1), loss_program(RULES[rule])
+    looped = toys.each(net, program, tasks, data, shared)
+    traced = toys.each(net, program, tasks, data, shared, "traced")
+    for (a, loss_a, steps_a), (b, loss_b, steps_b) in zip(traced, looped, strict=True):
+        assert toys.distance(a, b) < 1e-5
+        assert loss_a == pytest.approx(loss_b, rel=1e-4, nan_ok=True) and steps_a == steps_b
+    again = toys.each(net, program, tasks[2:3], data, shared, "traced")
+    assert toys.same_bits(again[0][0], traced[2][0]), "whatever was traced before"
+
+
+def test_traced_dropout_draws_what_the_loop_draws():
+    net = dropping()
+    data, shared = toys.all_train([12, 8], (6,), 3), net.init(0)
+    ways = [
+        toys.each(net, loss_program(), mapped_tasks(net, [0, 1]), data, shared, way)
+        for way in ("loop", "traced")
+    ]
+    for (a, *_), (b, *_) in zip(*ways, strict=True):
+        assert toys.distance(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["loop", "traced", "vmap"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "clip"])
+def test_bfloat16_is_close_to_full_precision(way, rule):
+    net, data = toys.cnn(), toys.all_train([12, 8], (1, 8, 8), 4)
+    tasks, shared, program = mapped_tasks(net, [0, 1]), net.init(1), loss_program(RULES[rule])
+    exact = toys.each(net, program, tasks, data, shared)
+    rough = toys.each(net, program, tasks, data, shared, way, dtype="bfloat16")
+    for (a, *_), (b, *_) in zip(rough, exact, strict=True):
+        moved = toys.distance(b, shared)
+        assert 0 < toys.distance(a, b) < 0.2 * moved, "rounded, and near"
+        assert all(t.dtype == torch.float32 for t in a.values())
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_side_by_side_equals_the_loop(rule):
     """Uneven steps, part batches and different windows of one shape in one chunk."""
@@ -102,7 +148,7 @@ def test_side_by_side_equals_the_loop(rule):
     assert not toys.same_bits(looped[0][0], looped[2][0])
 
 
-@pytest.mark.parametrize("way", ["loop", "vmap"])
+@pytest.mark.parametrize("way", ["loop", "traced", "vmap"])
 def test_stored_pixels_are_scaled_on_the_device(way):
     data = SyntheticFemnist(40, seed=2, mean_samples=15)
     net = small_cnn(channels=(2, 3), hidden=8)
@@ -675,8 +721,7 @@ def test_local_accuracy_is_the_trained_networks_own_on_the_test_part(way):
 
 
 def test_dropout_draws_are_the_clients_own_and_not_the_hosts():
-    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
-    net, data = chain("dropping", layers, (6,)), toys.all_train([6, 9, 5], (6,), 3)
+    net, data = dropping(), toys.all_train([6, 9, 5], (6,), 3)
     shared, program = net.init(0), loss_program()
     together = toys.each(net, program, mapped_tasks(net, [0, 1, 2]), data, shared)
     torch.rand(17)

@@ -6,8 +6,9 @@ import toys
 from torch import nn
 
 from subfleet.core.errors import InputError
-from subfleet.models import chain
-from subfleet.platform.record import Choice, EngineRecord, choose, must_loop, variant_name
+from subfleet.core.program import RunProgram
+from subfleet.models import chain, char_lstm
+from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
 
 
 def test_the_last_entry_that_has_begun_holds_whatever_the_order_of_others():
@@ -36,7 +37,7 @@ def test_a_choice_that_begins_later_does_not_hold_yet():
         {"way": "zzz"},
         {"device": "tpu"},
         {"memory_format": "weird"},
-        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
         {"compiled": True},
         {"compiled": 0},
         {"threads": 2},
@@ -91,45 +92,56 @@ def test_a_missing_file_is_named(tmp_path):
         EngineRecord.load(str(tmp_path / "nowhere.json"))
 
 
-def way(net, device="cpu", engine="auto", *, search=False):
-    loop = search or must_loop(net)
-    return choose(net, (1, 2), device, engine, loop=loop, round=1).way
+LOSS = toys.loss_program()
+SEARCH = RunProgram(run=print)  # pyright: ignore[reportArgumentType]
 
 
-def test_auto_loops_on_cpus_and_maps_on_gpus():
-    assert way(toys.cnn()) == "loop"
-    assert way(toys.cnn(), "cuda") == "vmap"
-    assert way(toys.mlp()) == "vmap", "small and dense: steps are mostly overhead"
-    large = chain(
-        "large", nn.Sequential(OrderedDict(fc=nn.Linear(784, 512), out=nn.Linear(512, 9))), (784,)
-    )
-    assert way(large) == "loop", "four clients' parameters leave the cache"
-    assert way(toys.mlp(), engine="vmap") == "vmap"
-    assert way(toys.mlp(), "cuda", "loop") == "loop"
+def tried(net, device="cpu", engine="auto", program=LOSS, dtype="float32"):
+    ways = possible(net, program)
+    return candidates(net, (1, 2), device, engine, dtype, ways=ways, round=3)
 
 
-def test_batch_norm_dropout_and_searches_always_loop():
+def ways(*given, **options):
+    return [choice.way for choice in tried(*given, **options)]
+
+
+def dense(width: int):
+    layers = OrderedDict(fc=nn.Linear(784, width), out=nn.Linear(width, 9))
+    return chain("dense", nn.Sequential(layers), (784,))
+
+
+def test_what_is_tried_on_cpus_and_gpus():
+    assert ways(toys.cnn()) == ["traced", "loop"], "mapped convolutions never pay on a CPU"
+    assert ways(toys.cnn(), "cuda") == ["vmap", "vmap", "traced", "loop"]
+    assert [c.side_by_side for c in tried(toys.cnn(), "cuda")] == [256, 128, 1, 1]
+    assert [c.side_by_side for c in tried(toys.mlp())] == [16, 8, 1, 1]
+    assert ways(dense(512)) == ["traced", "loop"], "four clients' parameters leave the cache"
+    assert ways(toys.mlp(), engine="vmap") == ["vmap", "loop"]
+    assert ways(toys.mlp(), "cuda", "traced") == ["traced", "loop"]
+    assert ways(toys.mlp(), "cuda", "loop") == ["loop"]
+
+
+def test_batch_norm_dropout_and_searches_are_not_mapped():
     dropping = chain(
         "dropping",
         nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), drop=nn.Dropout(0.5), head=nn.Linear(4, 2))),
         (4,),
     )
     for net in (toys.mlp(norm=True), toys.cnn("batch"), dropping):
-        assert way(net, "cuda", "vmap") == "loop"
-    assert way(toys.mlp(), "cuda", "vmap", search=True) == "loop"
-    assert way(toys.cnn("group"), "cuda") == "vmap"
+        assert ways(net, "cuda", "vmap") == ["loop"]
+        assert ways(net, "cuda") == ["traced", "loop"]
+    assert ways(toys.mlp(), "cuda", "vmap", SEARCH) == ["loop"]
+    assert ways(toys.cnn("group"), "cuda")[0] == "vmap"
+    assert ways(char_lstm(hidden=4, embedding_size=3)) == ["loop"]
 
 
-def test_images_loop_in_channels_last_and_are_mapped_contiguously():
-    assert (
-        choose(toys.cnn(), 1, "cpu", "auto", loop=False, round=1).memory_format == "channels_last"
-    )
-    assert choose(toys.cnn(), 1, "cpu", "vmap", loop=False, round=1).memory_format == "contiguous"
-    assert choose(toys.mlp(), 1, "cpu", "loop", loop=False, round=1).memory_format == "contiguous"
+def test_images_lie_in_channels_last_unless_they_are_mapped():
+    formats = {c.way: c.memory_format for c in tried(toys.cnn(), "cuda")}
+    assert formats == {"vmap": "contiguous", "traced": "channels_last", "loop": "channels_last"}
+    assert {c.memory_format for c in tried(toys.mlp())} == {"contiguous"}
 
 
-def test_variants_are_known_by_their_repr():
+def test_a_choice_says_what_was_asked():
     assert variant_name((8, 4)) == "(8, 4)"
-    assert choose(toys.mlp(), (8, 4), "cpu", "loop", loop=False, round=3) == Choice(
-        "(8, 4)", "cpu", "loop", from_round=3
-    )
+    (choice,) = tried(toys.mlp(), engine="loop", dtype="bfloat16")
+    assert choice == Choice("(1, 2)", "cpu", "loop", dtype="bfloat16", from_round=3)

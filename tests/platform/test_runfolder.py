@@ -9,6 +9,7 @@ import torch
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform.files import write_atomic
+from subfleet.platform.record import Choice, EngineRecord
 from subfleet.platform.runfolder import RunFolder
 
 CONFIG = "[run]\nseed = 1\nrounds = 10\n[train]\nlr = 0.1\n"
@@ -82,7 +83,7 @@ def test_discard_takes_what_the_run_wrote_and_nothing_else(tmp_path):
         if found:
             path.mkdir()
         made = RunFolder.create(path, CONFIG, "f1")
-        made.write_engine([])
+        made.write_record(EngineRecord())
         made.write_tiers([])
         made.tensorboard.mkdir()
         (made.tensorboard / "events").write_text("x")
@@ -112,11 +113,11 @@ def test_open_refuses_what_is_no_run(tmp_path):
 def test_engine_summary_and_final(tmp_path):
     folder = RunFolder.create(tmp_path, CONFIG, "f1")
     assert folder.read_engine() is None and folder.read_summary() is None
-    folder.write_engine([{"variant": "a", "width": 8}])
+    folder.write_record(EngineRecord((Choice("a", "cpu", "loop"),)))
     folder.write_summary({"acc_global": float("nan"), "rounds": 3})
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     folder.write_final(weights)
-    assert folder.read_engine() == [{"variant": "a", "width": 8}]
+    assert folder.read_engine()["choices"][0]["variant"] == "a"
     assert folder.read_summary() == {"acc_global": None, "rounds": 3}
     assert torch.equal(folder.read_final()["w"], weights["w"])
     assert not [name for name in names(tmp_path) if "tmp" in name]

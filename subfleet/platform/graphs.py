@@ -1,0 +1,169 @@
+"""Rewrites of a traced gradient: fewer passes over memory, the same mathematics.
+
+A traced gradient is a flat graph of aten kernels (`subfleet.platform.traces`). Small
+kernels on a CPU wait for memory more than for arithmetic, so these rewrites pay:
+
+    relu, then max pool  ->  max pool, then relu: a quarter of the elements, same gradient
+    w <- w - lr * (g^T x)  ->  one product that adds into w: the gradient is never stored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+Node = Any  # a torch.fx.Node, whose arguments may be anything at all
+_aten: Any = torch.ops.aten
+_torch: Any = torch
+_VIEWS = (
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.expand.default,
+    _aten.reshape.default,
+)
+_TRANSPOSES = (_aten.t.default, _aten.transpose.int)
+_PRODUCTS = {_aten.mm.default: _aten.addmm_.default, _aten.bmm.default: _aten.baddbmm_.default}
+_OWN = (_aten.convolution.default, _aten.addmm.default, _aten.mm.default, _aten.bmm.default)
+
+
+def tidy(module: GraphModule) -> None:
+    """Take out what does nothing, move ReLUs behind max pools, let them work in place."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    for node in _calls(graph, _aten.relu.default):
+        _behind_pool(graph, node)
+    for node in _calls(graph, _aten.relu.default):
+        before = node.args[0]
+        if before.target in _OWN and len(before.users) == 1:
+            node.target = _aten.relu_.default
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _calls(graph: Graph, *targets: Any) -> Iterator[Node]:
+    return (n for n in list(graph.nodes) if n.op == "call_function" and n.target in targets)
+
+
+def _shape(node: Any) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta") if hasattr(node, "meta") else None
+    return None if meta is None else tuple(meta.shape)
+
+
+def _does_nothing(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is _aten.detach.default:
+        return True
+    if node.target is _aten.mul.Scalar:
+        return type(node.args[1]) is int and node.args[1] == 1
+    return node.target in _VIEWS and None is not _shape(node) == _shape(node.args[0])
+
+
+def _behind_pool(graph: Graph, relu: Node) -> None:
+    """pool(relu(x)) is relu(pool(x)); where a whole window is negative no gradient passes."""
+    users: dict[Any, list[Node]] = {}
+    for user in relu.users:
+        users.setdefault(user.target, []).append(user)
+    found = [
+        users.pop(target, [])
+        for target in (
+            _aten.max_pool2d_with_indices.default,
+            _aten.max_pool2d_with_indices_backward.default,
+            _aten.threshold_backward.default,
+        )
+    ]
+    if users or [len(nodes) for nodes in found] != [1, 1, 1]:
+        return
+    (pool,), (pool_back,), (relu_back,) = found
+    if relu_back.args[0] is not pool_back or list(pool_back.users) != [relu_back]:
+        return
+    x, pooled = relu.args[0], next(user for user in pool.users if user.args[1] == 0)
+    pool.args = (x, *pool.args[1:])
+    with graph.inserting_after(pooled):
+        after = graph.call_function(_aten.relu_.default, (pooled,))
+    pooled.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    with graph.inserting_before(pool_back):
+        back = graph.call_function(_aten.threshold_backward.default, (pool_back.args[0], after, 0))
+    pool_back.args = (back, x, *pool_back.args[2:])
+    relu_back.replace_all_uses_with(pool_back)
+
+
+# -- gradients added where they are made
+
+
+def add_in_place(module: GraphModule, targets: Sequence[Node], scale: Any, keep: Any) -> None:
+    """Target <- keep * target + scale * gradient, as part of the graph.
+
+    The gradients are the first leaves of the graph's output, in the order of `targets`,
+    and become None there. `scale` and `keep` are nodes of numbers. Where a gradient is a
+    product of matrices, the product adds into its target.
+    """
+    graph = module.graph
+    end: Node = graph.output_node()
+    leaves = list(end.args[0])
+    rest: list[tuple[Node, Node]] = []
+    with graph.inserting_before(end):
+        for place, target in enumerate(targets):
+            gradient, leaves[place] = leaves[place], None
+            if (factors := _factors(graph, gradient)) is None:
+                rest.append((target, gradient))
+                continue
+            product, left, right = factors
+            options = {"beta": keep, "alpha": scale}
+            graph.call_function(_PRODUCTS[product], (target, left, right), options)
+        if rest:
+            into, added = (list(nodes) for nodes in zip(*rest, strict=True))
+            graph.call_function(_torch._foreach_mul_, (into, keep))
+            graph.call_function(_torch._foreach_add_, (into, added), {"alpha": scale})
+    end.args = (leaves,)
+    graph.eliminate_dead_code(_has_effect)
+    module.recompile()
+
+
+def _has_effect(node: Node) -> bool:
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    return node.op in ("placeholder", "output") or name.endswith("_")
+
+
+def _factors(graph: Graph, gradient: Node) -> tuple[Any, Node, Node] | None:
+    """A gradient as a product of two matrices, through transposes and changes of type."""
+    node, turned = gradient, False
+    while node.target in (*_TRANSPOSES, _aten._to_copy.default):
+        if node.target is _aten.transpose.int and not _swaps_last(node):
+            return None
+        turned ^= node.target in _TRANSPOSES
+        node = node.args[0]
+    if node.target not in _PRODUCTS or len(node.users) != 1:
+        return None
+    left, right = node.args
+    if turned:
+        left, right = _turned(graph, right), _turned(graph, left)
+    dtype = gradient.meta["tensor_meta"].dtype
+    return node.target, _as(graph, left, dtype), _as(graph, right, dtype)
+
+
+def _swaps_last(node: Node) -> bool:
+    shape = _shape(node)
+    return shape is not None and {axis % len(shape) for axis in node.args[1:3]} == {
+        len(shape) - 2,
+        len(shape) - 1,
+    }
+
+
+def _turned(graph: Graph, node: Node) -> Node:
+    turned = graph.call_function(_aten.transpose.int, (node, -2, -1))
+    turned.meta = dict(node.meta)  # for its dtype
+    return turned
+
+
+def _as(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    meta = node.meta.get("tensor_meta")
+    if meta is not None and meta.dtype == dtype:
+        return node
+    return graph.call_function(_aten._to_copy.default, (node,), {"dtype": dtype})

@@ -1,0 +1,149 @@
+"""One step of a loss program, gradient and update, as a flat list of kernels.
+
+For one client or for many side by side. Without clipping and proximal terms the update is
+part of the graph: products of matrices add into the weights, or the velocity, where they
+are made, so that no gradient of theirs is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.fx import GraphModule
+
+from subfleet.core.program import Batch, LocalRule, LossProgram, Noise, Params
+from subfleet.platform import graphs, kernels, rule
+from subfleet.platform.resident import Resident
+from subfleet.platform.traces import Traced, traced
+
+
+class Stepper:
+    """Steps of clients of one variant, in place; `clients` where tensors have them as axis 0.
+
+    `weights` are the trainable tensors, `held` the others, `inputs` those of the tasks, by
+    name. The velocity and the start that the local rule needs begin with the weights as
+    they are now.
+    """
+
+    def __init__(
+        self,
+        net: Resident,
+        program: LossProgram,
+        weights: Params,
+        held: Params,
+        inputs: Params,
+        *,
+        clients: bool,
+    ):
+        self.net, self.program, self.clients, self.inputs = net, program, clients, inputs
+        self.weights = list(weights.values())
+        local = program.rule
+        self.velocity = [torch.zeros_like(w) for w in self.weights] if local.momentum else None
+        self.start = [w.clone() for w in self.weights] if local.proximal else None
+        self.fuses = local.clip_norm is None and not local.proximal
+        self._trees = tuple(tuple(tree) for tree in (weights, held, inputs))  # their names
+        self._fixed = [*self.weights, *held.values(), *inputs.values()]
+        self._key = (program.loss, clients, *(tuple(leaf.shape) for leaf in self._fixed))
+
+    def plain_step(self, noise: Noise, batch: Batch) -> Tensor:
+        """One step of a single client through autograd, in the network's own buffers."""
+        with torch.enable_grad():
+            loss, _ = self.program.loss(self.net, self.net.params, batch, noise, self.inputs)
+        self._update(kernels.gradients(loss, self.net.leaves, self.net.one))
+        return loss.detach()
+
+    def step(self, key: Tensor, batch: Sequence[Tensor], active: Tensor | None = None) -> Tensor:
+        """One traced step on (x, y) or (x, y, weight of each row); the loss, [K] for clients.
+
+        `active`, bool [K], says which clients still have this step; None for all.
+        """
+        leaves = [*self._fixed, key, *batch]
+        shapes = tuple(leaf.shape for leaf in batch)
+        if self.fuses and active is None:
+            return self._fused(leaves, shapes)
+        *grads, loss = self._traced("gradient", shapes, self._gradient, leaves, graphs.tidy)
+        if active is None:
+            self._update(grads)
+        else:
+            before = [w.clone() for w in self.weights]
+            self._update(grads)
+            for weight, old in zip(self.weights, before, strict=True):
+                weight.copy_(chosen(active, weight, old))  # finished clients keep every bit
+        return loss
+
+    def _update(self, grads: Sequence[Tensor]) -> None:
+        rule.step(
+            self.program.rule, self.weights, grads, self.velocity, self.start, clients=self.clients
+        )
+
+    def _fused(self, leaves: list[Any], shapes: tuple[torch.Size, ...]) -> Tensor:
+        """V <- m v + g, or w <- (1 - lr d) w - lr g, as the gradients are made."""
+        local, count = self.program.rule, len(self.weights)
+        into = self.weights if self.velocity is None else self.velocity
+        leaves = [*into, *_factors(local), *leaves]
+
+        def gradient(*leaves: Any) -> Sequence[Tensor]:
+            return self._gradient(*leaves[count + 2 :])  # `_with_update` uses those before
+
+        rewrite = partial(_with_update, count)
+        *_, loss = self._traced("fused", shapes, gradient, leaves, rewrite)
+        if self.velocity is not None:
+            if local.weight_decay:
+                kernels.add_(self.velocity, self.weights, alpha=local.weight_decay)
+            kernels.add_(self.weights, self.velocity, alpha=-local.lr)
+        return loss
+
+    def _traced(
+        self,
+        kind: str,
+        shapes: tuple[torch.Size, ...],
+        function: Traced,
+        leaves: list[Any],
+        rewrite: Any,
+    ) -> Sequence[Tensor]:
+        key = (kind, shapes, self._key)
+        return self.net.traces.get(key, lambda: traced(function, leaves, rewrite))(*leaves)
+
+    def _gradient(self, *leaves: Any) -> Sequence[Tensor]:
+        """The gradient at each weight, and the loss, from all leaves of a step."""
+        rest, trees = list(leaves), []
+        for names in self._trees:
+            trees.append(dict(zip(names, rest, strict=False)))
+            del rest[: len(names)]
+        weights, held, inputs = trees
+        key, *batch = rest
+
+        def loss(weights, held, inputs, key, x, y, *weight):
+            whole = Batch(x, y, *(weight or (None,)))
+            return self.program.loss(self.net, weights | held, whole, Noise(key), inputs)
+
+        gradient = grad_and_value(loss, has_aux=True)
+        if self.clients:
+            gradient = vmap(gradient)
+        grads, (value, _) = gradient(weights, held, inputs, key, *batch)
+        return [*(grads[name] for name in weights), value]
+
+
+def chosen(active_K: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where a client is active, of `old` where it is not."""
+    return torch.where(active_K.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _factors(local: LocalRule) -> tuple[float, float]:
+    """(scale, keep) of target <- keep * target + scale * gradient."""
+    if local.momentum:
+        return 1.0, local.momentum
+    return -local.lr, 1.0 - local.lr * local.weight_decay
+
+
+def _with_update(count: int, module: GraphModule) -> None:
+    """Let a traced gradient of `count` weights update its first arguments, in place."""
+    graphs.tidy(module)
+    places = list(module.graph.find_nodes(op="placeholder"))
+    into, (scale, keep) = places[:count], places[count : count + 2]
+    graphs.add_in_place(module, into, scale, keep)

@@ -1,0 +1,205 @@
+"""Who decides how each variant is computed, and writes it into the engine record.
+
+Before a variant is first sent out, a host tries a few ways on some of its clients; what
+they return is thrown away. The fastest goes into the record, and into a file, so that the
+next run on such a machine need not try again. Out of memory halves the clients side by
+side, from the round on that is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subfleet.core.algorithm import Phase, RoundPlan
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.core.program import ClientProgram, ClientTask, LossProgram
+from subfleet.core.supernet import SuperNetwork
+from subfleet.datasets.published import cache_folder
+from subfleet.platform.bundles import Trial
+from subfleet.platform.executor import Executor
+from subfleet.platform.files import json_bytes, write_atomic
+from subfleet.platform.job import RunOptions
+from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
+from subfleet.platform.runfolder import RunFolder
+
+MOST_TRIED = 3  # variants; the others go by the one nearest in arithmetic
+CLEARLY = 0.95  # of the time of what would be taken untried, or it is not worth another way
+
+
+class Tuner:
+    """The engine record of a run, and how it grows in the run's folder."""
+
+    def __init__(
+        self,
+        net: SuperNetwork,
+        executor: Executor,
+        options: RunOptions,
+        record: EngineRecord,
+        folder: RunFolder,
+    ):
+        self.net, self.executor, self.options = net, executor, options
+        self.record, self._folder = record, folder
+        self._files = cache_folder() / "trials"
+
+    def choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
+        """How each variant of a plan is computed; written down before it is sent out."""
+        device, ways = self.executor.device, possible(self.net, phase.program)
+        tasks: dict[str, list[ClientTask]] = {}
+        for task in plan.tasks:
+            tasks.setdefault(variant_name(task.variant), []).append(task)
+        held = {name: self.record.at(name, device, round) for name in sorted(tasks)}
+        for name, choice in held.items():
+            if choice is not None and choice.way not in ways:
+                raise InputError(
+                    f"engine record: variant {name} has way={choice.way!r}, but this experiment's "
+                    f"clients can be computed by {', '.join(sorted(ways))} alone; give a record of "
+                    "this experiment"
+                )
+        new = [name for name, choice in held.items() if choice is None]
+        if new:
+            self._extend(self._chosen({name: tasks[name] for name in new}, phase, plan, round))
+        return {name: self._at(name, round) for name in held}
+
+    def narrow(self, variant: str, round: int) -> None:
+        """After a device ran out of memory: half as many clients side by side from now on."""
+        choice = self._at(variant, round)
+        if choice.side_by_side < 2:
+            raise RunFailed(
+                f"round {round}: a single client of variant {variant} does not fit into the memory "
+                f"of the {choice.device} device; lower run.hosts or train.batch_size, or give its "
+                "tier a smaller width"
+            )
+        half = choice.side_by_side // 2
+        why = f"out of memory with {choice.side_by_side} side by side"
+        self._extend([replace(choice, side_by_side=half, from_round=round, reason=why)])
+
+    def _at(self, variant: str, round: int) -> Choice:
+        choice = self.record.at(variant, self.executor.device, round)
+        assert choice is not None
+        return choice
+
+    def _extend(self, choices: Sequence[Choice]) -> None:
+        self.record = self.record.extended(choices)
+        self._folder.write_record(self.record)
+
+    # -- trying out
+
+    def _chosen(
+        self, tasks: Mapping[str, list[ClientTask]], phase: Phase, plan: RoundPlan, round: int
+    ) -> list[Choice]:
+        options, ways = self.options, possible(self.net, phase.program)
+        worth = {
+            name: candidates(
+                self.net,
+                some[0].variant,
+                self.executor.device,
+                options.engine,
+                options.dtype,
+                ways=ways,
+                round=round,
+            )
+            for name, some in tasks.items()
+        }
+        if all(len(choices) == 1 for choices in worth.values()) or options.engine != "auto":
+            return [choices[0] for choices in worth.values()]
+        macs = {name: self.net.cost(some[0].map).macs for name, some in tasks.items()}
+        order = sorted(worth, key=lambda name: (macs[name], name))
+        tried = {
+            name: self._best(tasks[name], worth[name], phase, plan, round)
+            for name in _spread(order, MOST_TRIED)
+        }
+        return [
+            _like(worth[name], tried[min(tried, key=lambda t: (abs(macs[t] - macs[name]), t))])
+            for name in worth
+        ]
+
+    def _best(
+        self,
+        tasks: Sequence[ClientTask],
+        worth: Sequence[Choice],
+        phase: Phase,
+        plan: RoundPlan,
+        round: int,
+    ) -> Choice:
+        """The fastest of the choices, or the first where no other is clearly faster."""
+        file = self._files / f"{self._fingerprint(tasks[0], worth, phase)}.json"
+        seconds = _read(file, len(worth))
+        if seconds is None:
+            widest = max(choice.side_by_side for choice in worth)
+            trial = Trial(0, round, tuple(tasks[: max(widest, 2)]), tuple(worth))
+            (result,) = self.executor.run([trial], plan.shared)
+            seconds = result.table["seconds"].tolist()
+            with suppress(OSError):  # a cache that cannot be written is none
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, json_bytes(seconds))
+        best = min(range(len(worth)), key=seconds.__getitem__)
+        if seconds[best] > CLEARLY * seconds[0]:
+            best = 0
+        others = ", ".join(
+            f"{_named(choice)} {1e3 * s:.3g}"
+            for i, (choice, s) in enumerate(zip(worth, seconds, strict=True))
+            if i != best
+        )
+        why = f"{1e3 * seconds[best]:.3g} ms a client's step; {others}"
+        return replace(worth[best], reason=why)
+
+    def _fingerprint(self, task: ClientTask, worth: Sequence[Choice], phase: Phase) -> str:
+        """What the times of a trial depend on."""
+        device = self.executor.device
+        machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+        told: list[Any] = [
+            *(machine, os.cpu_count(), torch.__version__, self.net.name, task.variant),
+            *(self.net.cost(task.map), _told(phase.program), self.net.input_shape),
+            [asdict(replace(choice, from_round=1)) for choice in worth],
+        ]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+
+
+def _told(program: ClientProgram) -> str:
+    """A program in words that do not change from process to process."""
+    if isinstance(program, LossProgram):
+        function = program.loss
+        name = f"{function.__module__}.{getattr(function, '__qualname__', type(function))}"
+        return f"{name} {program.rule} {program.stream}"
+    return f"{type(program).__name__} {getattr(program, 'streams', '')}"
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most `most` of the names, the first and the last among them.
+
+    >>> _spread("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    if len(names) <= most:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
+def _like(worth: Sequence[Choice], tried: Choice) -> Choice:
+    """The choice for a variant that goes by another's trial."""
+    found = next((choice for choice in worth if choice.way == tried.way), worth[0])
+    same = found.variant == tried.variant
+    return tried if same else replace(found, reason=f"as variant {tried.variant}")
+
+
+def _named(choice: Choice) -> str:
+    return choice.way if choice.way != "vmap" else f"vmap of {choice.side_by_side}"
+
+
+def _read(file: Path, count: int) -> list[float] | None:
+    try:
+        seconds = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    good = isinstance(seconds, list) and len(seconds) == count
+    return seconds if good and all(isinstance(s, float) and s > 0 for s in seconds) else None
