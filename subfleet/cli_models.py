@@ -133,10 +133,20 @@ def models_describe(
     )
     if as_json:
         head = {"name": name, "convention": convention}
-        total = {"width": width} | shown.total
+        total = {"width": width, "depth": depth, "kernel": kernel} | shown.total
         print_json(head | dataclasses.asdict(shown) | {"total": total})
         return
     found = f"{name} at width {width:.4g}"
+    found += f", depth {depth:g}" if net.stages else ""
+    found += f", kernel {kernel}" if net.space.kernels and kernel else ""
+    for told, elastic, what in (
+        (depth < 1, net.stages, "depth"),
+        (kernel, net.space.kernels, "kernel"),
+    ):
+        if told and not elastic:
+            typer.echo(f"note: --{what} has no effect: {name} is not elastic in it", err=True)
+    if net.uncounted:
+        typer.echo(f"note: not counted: {', '.join(net.uncounted)}", err=True)
     _print_tables(shown, f"{found}, the largest within {budget}" if budget else found)
 
 

@@ -251,7 +251,7 @@ def command_name() -> str:
 
 def _doubts(experiment: Experiment, job: Job) -> list[str]:
     """Settings that are allowed, and yet do not do what they seem to."""
-    doubts = []
+    doubts, net = [], job.work.net
     cut = [tier.name for tier in experiment.fleet.tiers if tier.width not in (None, 1.0)]
     if cut and not job.work.net.elastic:
         doubts.append(
@@ -267,6 +267,11 @@ def _doubts(experiment: Experiment, job: Job) -> list[str]:
                 f"the {name} of tier {', '.join(tier.name for tier in stated)} has no effect: "
                 f"{experiment.model.name} is not elastic in it"
             )
+    if net.uncounted:
+        doubts.append(
+            f"costs of {experiment.model.name} leave out {', '.join(net.uncounted[:3])}: its "
+            "flops are too low"
+        )
     held_out = len(split_clients(experiment.run.seed, job.federation.num_clients)[1])
     wanted = experiment.run.eval_clients
     if held_out and wanted > held_out and wanted != RunTable().eval_clients:

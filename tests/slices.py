@@ -186,7 +186,9 @@ def check_costs(net: SuperNetwork, x: Tensor, kept: IndexMap) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         small(x)
     assert net.cost(kept).macs * 2 == counter.get_total_flops()
-    params = sum(p.numel() for p in small.parameters())
+    # A module's own parameters have no row; only layers' do.
+    own = {n for n in net.space.shapes if "." not in n and n not in {r.name for r in net.layers}}
+    params = sum(p.numel() for n, p in small.named_parameters() if n not in own)
     assert net.cost(kept, count_bias=True, count_norm=True).params == params
     entries = sum(t.numel() for t in small.state_dict().values())
     assert net.stored_params(kept) == entries

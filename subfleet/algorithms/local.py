@@ -38,13 +38,15 @@ def split_statistics(
     del start, kept, inputs
     return ClientResult(
         update={name: value for name, value in trained.items() if name not in net.statistics},
-        kept={name: trained[name].clone() for name in net.statistics},
+        # A client that skips a block has none of its statistics.
+        kept={name: trained[name].clone() for name in sorted(net.statistics & trained.keys())},
     )
 
 
 def tasks(net: SuperNetwork, cohort: Cohort, map_of: Callable[[int], IndexMap]) -> list[ClientTask]:
     """A task for each client of the cohort: the map of its tier, weighted by samples."""
-    maps = {int(tier): map_of(int(tier)) for tier in set(cohort.tier.tolist())}
+    tiers = set(cohort.tier.tolist())
+    maps = {int(tier): net.space.canonical(map_of(int(tier))) for tier in tiers}
     variants = {tier: net.space.counts(map) for tier, map in maps.items()}
     return [
         ClientTask(client, maps[tier], variants[tier], float(samples), samples, tier)

@@ -97,6 +97,12 @@ def largest_width(
     Costs are counted as papers do: no biases, no norms. `depth` and `kernel` as in
     `width_map`. Raises `InputError` when even the smallest sub-network is too large.
     """
+    if net.uncounted:
+        raise InputError(
+            f"budget {budget}: the cost of {net.name!r} is not known, for "
+            f"{', '.join(net.uncounted[:3])} is not counted; give a width instead, or write that "
+            "layer with convolutions, linear and recurrent layers"
+        )
     widths = distinct_widths(net)
     low, high = -1, len(widths) - 1  # widths[low] is feasible, those above high are not
 
@@ -111,12 +117,18 @@ def largest_width(
             high = middle - 1
     if low < 0:
         least = cost(0)
+        elastic = bool(net.stages or net.space.kernels)
         raise InputError(
-            f"budget {budget} is below the smallest sub-network of {net.name!r}, which takes "
-            f"flops={least.flops:,} and params={least.params:,}; "
-            "raise the budget or choose a smaller model"
+            f"budget {budget} is below the smallest sub-network of {net.name!r}"
+            f"{_at(depth, kernel) if elastic else ''}, which takes "
+            f"flops={least.flops:,} and params={least.params:,}; raise the budget or choose a "
+            f"smaller {'depth, kernel or ' if elastic else ''}model"
         )
     return widths[low]
+
+
+def _at(depth: float, kernel: int | None) -> str:
+    return f" at depth {depth:g}" + (f" and kernel {kernel}" if kernel is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +162,10 @@ class Tier:
             raise InputError(
                 f"tier {self.name!r} has width {self.width}; give a number above 0 and at most 1"
             )
+        if not 0 <= self.depth <= 1:
+            raise InputError(f"tier {self.name!r} has depth {self.depth}; give 0 to 1")
+        if self.kernel is not None and self.kernel < 1:
+            raise InputError(f"tier {self.name!r} has kernel {self.kernel}; give a size from 1 up")
         try:
             Budget(flops=self.flops, params=self.params)
         except InputError as error:

@@ -9,6 +9,7 @@ tensors, never from width ratios. Conventions (one sample, output H' x W'):
     LSTM       params 4H(I+H)+8H  MACs 4H(I+H) a time step
     embedding  params V E         MACs 0
     norm       params 2C          MACs 0
+    transform  params k^2 k^2     MACs 0
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from subfleet.core.bindings import Binding, extent
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.units import IndexMap, UnitSpace
 
-Kind = Literal["conv", "depthwise", "linear", "norm", "lstm", "embedding"]
+Kind = Literal["conv", "depthwise", "linear", "norm", "lstm", "embedding", "transform"]
 Convention = Literal["macs", "adds", "dwnp", "profiler"]
 StatisticsPolicy = Literal["local", "indexed_mean"]
 
@@ -38,7 +39,8 @@ class Layer:
     `bias`: whether the layer has one, for `count_bias`. `gated`: a
     convolution of a block whose channels DWNP gates. `block`: the group that stands for
     the block that the layer is in, if that may be skipped. `side`: the group of the
-    kernel's rows, if those may be fewer: then k' * k' stands for `kernel`.
+    kernel's rows, if those may be fewer: then k' * k' stands for `kernel`. `least`: the
+    fewest rows that are stored, where smaller kernels are computed from larger ones.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     gated: bool = False
     block: str | None = None
     side: str | None = None
+    least: int = 1
 
 
 class Cost(NamedTuple):
@@ -89,15 +92,19 @@ def layer_cost(
     """The cost of one layer when group g has `counts[g]` units; 0 in a block that is skipped."""
     if layer.block is not None and counts[layer.block] == 0:
         return Cost(0, 0)
-    kernel = layer.kernel if layer.side is None else counts[layer.side] ** 2
+    kernel = stored = layer.kernel
+    if layer.side is not None:
+        kernel, stored = counts[layer.side] ** 2, max(counts[layer.side], layer.least) ** 2
     i, o = extent(layer.inputs, counts), extent(layer.outputs, counts)
     match layer.kind:
         case "conv" | "linear":
-            params = kernel * i * o
-            macs = params * layer.positions
+            params = stored * i * o
+            macs = kernel * i * o * layer.positions
         case "depthwise":
-            params = kernel * o
-            macs = params * layer.positions
+            params = stored * o
+            macs = kernel * o * layer.positions
+        case "transform":  # of kernels down to `layer.kernel`; once a batch, not once a sample
+            params, macs = (i * o, 0) if kernel <= layer.kernel else (0, 0)
         case "lstm":
             params = 4 * o * (i + o) + 8 * o
             macs = 4 * o * (i + o) * layer.positions
@@ -109,7 +116,7 @@ def layer_cost(
         case _:
             raise InputError(
                 f"layer {layer.name!r} has kind {layer.kind!r}; "
-                "known: conv, depthwise, embedding, linear, lstm, norm"
+                "known: conv, depthwise, embedding, linear, lstm, norm, transform"
             )
     is_conv = layer.kind in ("conv", "depthwise")
     if convention == "adds" and is_conv:

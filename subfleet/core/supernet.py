@@ -36,7 +36,8 @@ class SuperNetwork:
     the groups of channels and neurons that may vary. `statistics`: names of running means
     and variances. `stages`: the blocks that may be skipped, in runs, each of them in the
     order in which the network runs them. `input_shape` is one sample's, without the batch
-    axis; `input_dtype` is int64 where the samples are tokens.
+    axis; `input_dtype` is int64 where the samples are tokens. `uncounted`: what has a cost
+    that `layers` do not hold; there no budget can be kept.
 
     It pickles when `build` does: give a `functools.partial` of a module's function.
     """
@@ -51,6 +52,7 @@ class SuperNetwork:
     statistics: frozenset[str] = field(default_factory=frozenset)
     stages: tuple[tuple[str, ...], ...] = ()
     input_dtype: torch.dtype = torch.float32
+    uncounted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for group in self.elastic:
@@ -88,10 +90,10 @@ class SuperNetwork:
     def module(self, map: IndexMap | None = None, *, device: str = "cpu") -> nn.Module:
         """The physically small module of a map, in training mode, with arbitrary values.
 
-        Its state dictionary has exactly the names of `space` and the shapes of
-        `space.slice_shapes(map)`; torch's global random state is left as it was. On the
-        device "meta" it has no storage: all that `torch.func.functional_call` needs, at
-        a fraction of the time.
+        Its state dictionary has the names and the shapes of `space.slice_shapes(map)`:
+        load `space.extract(tensors, map)`, for the full map too. torch's global random
+        state is left as it was. On the device "meta" it has no storage: all that
+        `torch.func.functional_call` needs, at a fraction of the time.
         """
         map = IndexMap.full() if map is None else map
         self.space.validate(map)

@@ -10,6 +10,8 @@ from subfleet.models.cnn import cifar_cnn, leaf_cnn, logreg, small_cnn
 from subfleet.models.elasticity import elastic as elastic
 from subfleet.models.metagater import metagater_a, metagater_b
 from subfleet.models.mobilenet import adds_mobilenet, mobilenet_v2
+from subfleet.models.norms import MaskedLayerNorm as MaskedLayerNorm
+from subfleet.models.norms import MaskedLayerNorm2d as MaskedLayerNorm2d
 from subfleet.models.resnet import resnet18, resnet34, resnet56
 from subfleet.models.text import char_lstm, sent_lstm
 from subfleet.models.tracing import explain as explain

@@ -29,7 +29,8 @@ class StandardisedConv2d(nn.Conv2d):
         """The weights [O, I, k, k] that take part in the convolution."""
         # w <- (w - mean(w)) / (std(w) + eps), for each output
         centred = weight - weight.mean((1, 2, 3), keepdim=True)
-        return centred / (weight.std((1, 2, 3), keepdim=True) + self.eps)
+        deviation = weight.std((1, 2, 3), keepdim=True)  # NaN of a single weight, centred to 0
+        return centred / (deviation.nan_to_num() + self.eps)
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of a batch [B, I, H, W]."""

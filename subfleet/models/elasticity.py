@@ -7,17 +7,19 @@ groups of their own kind, so that index maps, aggregation, costs and bytes need 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subfleet.core import seeds
-from subfleet.core.bindings import Binding, Free, Unit, Window, groups_of
+from subfleet.core.bindings import Binding, Free, Unit, Window
+from subfleet.core.cost import Layer
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.presence import When
 from subfleet.core.supernet import Builder, SuperNetwork, drop_counters
@@ -53,7 +55,11 @@ def elastic(
     >>> net.stages
     (('layer1.1.block',), ('layer2.1.block',))
     """
-    runs = tuple(tuple(stage) for stage in stages)
+    if net.stages or net.space.when or net.space.kernels:
+        raise InputError(
+            f"model {net.name!r} is elastic already; name all stages and kernels in one call"
+        )
+    runs = tuple((stage,) if isinstance(stage, str) else tuple(stage) for stage in stages)
     blocks = tuple(path for stage in runs for path in stage)
     full = net.module(device="meta")
     _check_blocks(net, full, blocks)
@@ -63,14 +69,7 @@ def elastic(
     return replace(
         net,
         space=_space(net.space, blocks, shrunk),
-        layers=tuple(
-            replace(
-                layer,
-                block=_block_of(layer.name, blocks),
-                side=next((k.group for k in shrunk if k.path == layer.name), None),
-            )
-            for layer in net.layers
-        ),
+        layers=tuple(_rows(net.layers, blocks, shrunk)),
         build=partial(_build, net.build, blocks, shrunk),
         stages=tuple(tuple(block_group(path) for path in stage) for stage in runs),
     )
@@ -133,6 +132,30 @@ def _space(space: UnitSpace, blocks: Sequence[str], kernels: Sequence[Kernel]) -
             when[name] = (*when.get(name, ()), When(group, least=1))
     sizes = {kernel.group: kernel.sizes for kernel in kernels}
     return UnitSpace(groups, axes, shapes, when, sizes)
+
+
+def _rows(
+    layers: Sequence[Layer], blocks: Sequence[str], kernels: Sequence[Kernel]
+) -> Iterator[Layer]:
+    """The cost rows, with those of the kernels' matrices."""
+    elastic = {kernel.path: kernel for kernel in kernels}
+    for layer in layers:
+        block = _block_of(layer.name, blocks)
+        if (kernel := elastic.get(layer.name)) is None:
+            yield replace(layer, block=block)
+            continue
+        least = kernel.sizes[-2] if kernel.transforms else 1
+        yield replace(layer, block=block, side=kernel.group, least=least)
+        for name, size in kernel.matrices.items():
+            yield Layer(
+                name=name,
+                kind="transform",
+                inputs=Free(size * size),
+                outputs=Free(size * size),
+                kernel=size * size,
+                block=block,
+                side=kernel.group,
+            )
 
 
 def _block_of(name: str, blocks: Sequence[str]) -> str | None:
@@ -215,6 +238,8 @@ def _kernel_of(
     layer = full.get_submodule(path)
     assert isinstance(layer, nn.Conv2d)
     own, *others = {*layer.kernel_size}
+    if f"{path}.weight" not in net.space.axes:
+        raise refuse("its weights are frozen", "name layers that are trained")
     if type(layer) is not nn.Conv2d:
         raise refuse(
             f"a {type(layer).__name__} may depend on all of its kernel", "use a plain Conv2d"
@@ -239,8 +264,6 @@ def _kernel_of(
             f"padding {layer.padding} of a kernel of {own} leaves none for one of {chosen[0]}",
             "pad more, or leave the smallest size out",
         )
-    if any(True for axis in net.space.axes[f"{path}.weight"][2:] for _ in groups_of(axis)):
-        raise refuse("its kernel is elastic already", "name each layer once")
     return Kernel(path, chosen, transforms)
 
 
@@ -269,27 +292,59 @@ def _check_blocks(net: SuperNetwork, full: nn.Module, blocks: Sequence[str]) -> 
 def _check_identity(net: SuperNetwork, blocks: Sequence[str]) -> None:
     module = drop_counters(net.module()).eval()
     module.load_state_dict(net.init(0))
+    seen: dict[str, str] = {}
     for path in blocks:
-        module.get_submodule(path).register_forward_hook(partial(_compare, net.name, path))
+        block = module.get_submodule(path)
+        given: list[Any] = []  # as it came: the block may change its input in place
+        block.register_forward_pre_hook(partial(_remember, given), with_kwargs=True)
+        block.register_forward_hook(partial(_compare, seen, path, given))
     x = net.example()
     if x.is_floating_point():
         x = seeds.uniform(torch.tensor(0), tuple(x.shape)).to(x.dtype)
     with torch.no_grad():
         module(x)
+    for path in blocks:
+        if problem := seen.get(path, "it is not called by itself"):
+            raise _refuse(net.name, path, problem, "name residual blocks with a plain shortcut")
+    small = _build(
+        net.build, blocks, (), dict(net.space.groups) | dict.fromkeys(_groups(blocks), 0)
+    )
+    try:
+        with torch.no_grad():
+            drop_counters(small).eval()(x)
+    except Exception as error:  # the user's code may look into a block that is gone
+        raise _refuse(
+            net.name,
+            ", ".join(blocks),
+            f"the network does not run without them ({type(error).__name__}: {error})",
+            "let forward() call these blocks and look into none of them",
+        ) from error
+
+
+def _groups(blocks: Sequence[str]) -> list[str]:
+    return [block_group(path) for path in blocks]
+
+
+def _remember(given: list[Any], block: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+    given[:] = [tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs), named]
 
 
 @torch.no_grad()
-def _compare(model: str, path: str, block: nn.Module, inputs: tuple, output: Tensor) -> None:
-    hooks, block._forward_hooks = block._forward_hooks, type(block._forward_hooks)()
+def _compare(
+    seen: dict[str, str], path: str, given: list[Any], block: nn.Module, _: Any, output: Any
+) -> None:
+    """Note what keeps a block from being skipped; "" where nothing does."""
+    inputs, named = given
+    x = inputs[0] if len(inputs) == 1 and not named else None
+    if not isinstance(output, Tensor) or not isinstance(x, Tensor) or output.shape != x.shape:
+        seen[path] = "it does not turn one tensor into another of its shape"
+        return
+    kept = block._forward_hooks, block._forward_pre_hooks
+    block._forward_hooks, block._forward_pre_hooks = type(kept[0])(), type(kept[1])()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in block.state_dict().items()}
     try:
-        nothing = torch.func.functional_call(block, zeros, inputs)
+        nothing = torch.func.functional_call(block, zeros, (x.clone(),))
     finally:
-        block._forward_hooks = hooks
-    if len(inputs) != 1 or output.shape != inputs[0].shape or not torch.equal(nothing, inputs[0]):
-        raise _refuse(
-            model,
-            path,
-            "without its weights it is not the identity, so that it cannot be skipped",
-            "name residual blocks whose shortcut has no weights",
-        )
+        block._forward_hooks, block._forward_pre_hooks = kept
+    same = torch.equal(nothing, x)
+    seen[path] = "" if same else "without its weights it is not the identity"

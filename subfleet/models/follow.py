@@ -26,6 +26,13 @@ READS_VALUES = frozenset(
     }
 )
 
+PRODUCTS = frozenset(
+    {
+        *("einsum", "tensordot", "bilinear", "scaled_dot_product_attention", "cdist"),
+        *("mv", "dot", "inner", "outer", "baddbmm", "addmm", "addbmm", "chain_matmul"),
+    }
+)
+
 DRAWS_NUMBERS = frozenset(
     {
         *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
@@ -56,6 +63,7 @@ class Found:
     sizes: dict[tuple[str, str], list[Label]] = field(default_factory=dict)  # of (layer, attribute)
     outputs: dict[str, Label] = field(default_factory=dict)  # of layers with weights
     unseen: dict[str, str] = field(default_factory=dict)  # layer -> a function without a rule
+    uncounted: dict[str, str] = field(default_factory=dict)  # layer -> what costs beside the rows
     draws: bool = False  # from torch's generator
 
 
@@ -247,6 +255,8 @@ class Follower(TorchFunctionMode):
             self.rules[name](self, call)
         except NoRule as cause:
             self.found.unseen.setdefault(self.layer, name)
+            if name in PRODUCTS or any(self.is_weight(tensor) for tensor in call.tensors):
+                self.found.uncounted.setdefault(self.layer, name)
             for tensor in call.tensors:
                 for label in self.labels(tensor):
                     self.axes.fix(label, self.because(str(cause)))

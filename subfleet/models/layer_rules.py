@@ -103,6 +103,7 @@ def product(f: Follower, call: Call) -> None:
         f.row(name, "linear", right[-2], right[-1], positions=places)
     else:
         f.found.unseen.setdefault(f.layer, call.name)
+        f.found.uncounted.setdefault(f.layer, call.name)
     f.label(call.out, [*labels, left[-2], right[-1]])
 
 

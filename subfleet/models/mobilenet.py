@@ -167,7 +167,7 @@ def mobilenet_v2(
         )
     if variant not in ("plain", "dwnp"):
         raise InputError(f"model.variant is {variant!r}; choose plain or dwnp")
-    if min(kernels) < 1 or any(kernel % 2 == 0 for kernel in kernels):
+    if not kernels or min(kernels) < 1 or any(kernel % 2 == 0 for kernel in kernels):
         raise InputError(f"model.kernels is {list(kernels)}; give odd sizes from 1 up")
     scaled(1, width)  # refuses widths that are not above 0
     with torch.device("meta"):

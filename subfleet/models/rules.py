@@ -38,6 +38,16 @@ def _is_relu6(call: Call) -> bool:
     return call.name in ("hardtanh", "hardtanh_") and call.arg(1, "min_val") == 0
 
 
+def over_units(f: Follower, call: Call) -> None:
+    """Softmax and the like: along their axis each value depends on all the others."""
+    x, axis = call.arg(0, "input"), call.arg(1, "dim")
+    if call.name == "normalize":
+        axis = call.arg(2, "dim", 1)
+    axes = range(x.dim()) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    fix(f, [f.labels(x)[a] for a in axes], f"{call.name} works across it")
+    elementwise(f, call)
+
+
 def over_space(axes: int) -> Rule:
     """Pooling and the like over the last `axes` axes; units before them stay apart."""
 
@@ -303,7 +313,6 @@ _ELEMENTWISE = """
     contiguous clone detach to type type_as float double half bfloat16 long int bool cpu alias
     zeros_like ones_like empty_like full_like rand_like randn_like
     zero_ fill_ bernoulli bernoulli_ uniform_ normal_
-    softmax log_softmax softmin normalize
 """
 _RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel"
 _PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t"
@@ -312,6 +321,7 @@ _REDUCTIONS = "mean sum amax amin max min var std prod logsumexp"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), elementwise),
     "get data": elementwise,
+    **dict.fromkeys(("softmax", "log_softmax", "softmin", "normalize"), over_units),
     **dict.fromkeys(_REDUCTIONS.split(), reduction),
     **dict.fromkeys(_RESHAPES.split(), reshape),
     **dict.fromkeys((*_PERMUTATIONS.split(), "get T", "get mT"), permutation),

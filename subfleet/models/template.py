@@ -92,8 +92,18 @@ def prepared(model: str, module: nn.Module) -> nn.Module:
     Frozen parameters and other buffers become constants outside the state dictionary.
     Raises `InputError` for tensors that two names share.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(
+            f"model {model!r} is a scripted module, whose Python cannot be followed; "
+            "give the module that it was made from"
+        )
     seen: dict[int, str] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(
+                f"model {model!r}, layer {name.rpartition('.')[0]!r}: its size is not known before "
+                "it has run; run the module once on a batch, then give it"
+            )
         first = seen.setdefault(id(tensor), name)
         if first != name:
             raise InputError(

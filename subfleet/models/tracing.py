@@ -274,6 +274,7 @@ class _Traced:
             elastic=tuple(groups),
             statistics=frozenset(shapes) - trained,
             input_dtype=self.dtype,
+            uncounted=tuple(f"{at} ({what})" for at, what in self.found.uncounted.items()),
         )
 
     def _layers(self, names: Mapping[int, str]) -> Iterable[Layer]:

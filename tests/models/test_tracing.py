@@ -6,13 +6,13 @@ import pickle
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import plain_modules
 import pytest
+import slices
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import subfleet
@@ -22,7 +22,6 @@ from subfleet.config import ModelTable
 from subfleet.core.budget import width_map
 from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork
-from subfleet.core.units import Binding, Block, Concat, Gates, IndexMap, Unit, extent
 from subfleet.models import explain, supernet
 
 NAMES = list(plain_modules.EXAMPLES)
@@ -37,12 +36,7 @@ def net_of(name: str) -> SuperNetwork:
 
 @cache
 def tensors_of(name: str) -> dict[str, Tensor]:
-    """Tensors in float64 without the zeros and ones of a fresh norm."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        n: t.double() + 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64)
-        for n, t in net_of(name).init(5).items()
-    }
+    return slices.tensors_of(net_of(name))
 
 
 def batch_of(name: str, size: int = 2) -> Tensor:
@@ -54,46 +48,6 @@ def batch_of(name: str, size: int = 2) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def drawn(net: SuperNetwork, seed: int) -> IndexMap:
-    """A random map: any number of any units of every group."""
-    draw = np.random.default_rng(seed)
-    return IndexMap.random(
-        net.space, {g: int(draw.integers(1, n + 1)) for g, n in net.space.groups.items()}, draw
-    )
-
-
-def outputs(net: SuperNetwork, tensors: dict[str, Tensor], x: Tensor, kept: IndexMap) -> Tensor:
-    """What the small module of a map makes of a batch, in evaluation."""
-    module = net.module(kept).double().eval()
-    module.load_state_dict(net.space.extract(tensors, kept))
-    with torch.no_grad():
-        return module(x)
-
-
-def with_kept_statistics(net: SuperNetwork, module: nn.Module, kept: IndexMap) -> None:
-    """Let norms over channels see the kept ones only, and give zeros for the others."""
-    for row in net.layers:
-        layer = module.get_submodule(row.name) if row.kind == "norm" else None
-        one_group = isinstance(layer, nn.GroupNorm) and layer.num_groups == 1
-        if not (one_group or isinstance(layer, nn.LayerNorm)):
-            continue
-        axis, indices = (
-            1 if one_group else -1,
-            torch.from_numpy(net.space.indices(row.outputs, kept).copy()),
-        )
-
-        def hook(layer, inputs, output, axis=axis, indices=indices):
-            own = inputs[0].index_select(axis, indices)
-            scale, shift = (layer.weight[indices], layer.bias[indices])
-            if axis == 1:
-                small = nn.functional.group_norm(own, 1, scale, shift, layer.eps)
-            else:
-                small = nn.functional.layer_norm(own, scale.shape, scale, shift, layer.eps)
-            return torch.zeros_like(output).index_copy_(axis % output.dim(), indices, small)
-
-        layer.register_forward_hook(hook)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_slices_of_random_maps(name: str) -> None:
     net, tensors, x = net_of(name), tensors_of(name), batch_of(name)
@@ -101,75 +55,21 @@ def test_slices_of_random_maps(name: str) -> None:
     @settings(max_examples=2 if name in DEEP else 8)
     @given(seed=st.integers(0, 2**32))
     def check(seed: int) -> None:
-        kept = drawn(net, seed)
-        small = net.space.extract(tensors, kept)
-        # Extract, scatter, extract is the identity; ones cover exactly what was cut out.
-        again = net.space.extract(net.space.scatter(small, kept), kept)
-        assert all(torch.equal(again[n], t) for n, t in small.items())
-        coverage = net.space.coverage(kept, torch.float64)
-        assert sum(int(c.sum()) for c in coverage.values()) == net.stored_params(kept)
-        # The full network with all else zero computes what the small one does.
-        module = net.module().double().eval()
-        with_kept_statistics(net, module, kept)
-        module.load_state_dict({n: t * coverage[n] for n, t in tensors.items()})
-        with torch.no_grad():
-            masked = module(x)
-        sliced = outputs(net, tensors, x, kept)
-        torch.testing.assert_close(masked, sliced, rtol=1e-10, atol=1e-10)
+        slices.check_slice(net, tensors, x, slices.drawn(net, seed))
 
     check()
 
 
-def moved(binding: Binding, orders: dict[str, np.ndarray], length: int) -> np.ndarray:
-    """Where each index of an axis comes from when the units of groups change places."""
-    match binding:
-        case Unit(group):
-            return orders[group]
-        case Block(group, each):
-            return (orders[group][:, None] * each + np.arange(each)).reshape(-1)
-        case Gates(group, gates):
-            size = len(orders[group])
-            return (np.arange(gates)[:, None] * size + orders[group]).reshape(-1)
-        case Concat(parts):
-            sizes = {group: len(order) for group, order in orders.items()}
-            ends = np.cumsum([0] + [extent(part, sizes) for part in parts])
-            return np.concatenate(
-                [
-                    moved(part, orders, end - start) + start
-                    for part, start, end in zip(parts, ends[:-1], ends[1:], strict=True)
-                ]
-            )
-    return np.arange(length)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_units_does_not_matter(name: str) -> None:
-    net, tensors, x = net_of(name), tensors_of(name), batch_of(name)
-    draw = np.random.default_rng(3)
-    orders = {g: draw.permutation(n) for g, n in net.space.groups.items()}
-    other = {}
-    for leaf, tensor in tensors.items():
-        for axis, binding in enumerate(net.space.axes[leaf]):
-            index = torch.from_numpy(moved(binding, orders, tensor.shape[axis]).copy())
-            tensor = tensor.index_select(axis, index)
-        other[leaf] = tensor
-    kept = drawn(net, 4)
-    there = IndexMap.of({g: np.flatnonzero(np.isin(orders[g], i)) for g, i in kept.kept.items()})
-    a, b = outputs(net, tensors, x, kept), outputs(net, other, x, there)
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    slices.check_order(net_of(name), tensors_of(name), batch_of(name), seed=3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_are_those_of_the_small_modules(name: str) -> None:
     net, x = net_of(name), batch_of(name, 1)
-    for seed in range(10):
-        kept = drawn(net, seed)
-        small = net.module(kept, device="meta").double().eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            small(x.to("meta"))
-        assert net.cost(kept).macs * 2 == counter.get_total_flops()
-        params = sum(p.numel() for n, p in small.named_parameters() if n != "scale")
-        assert net.cost(kept, count_bias=True, count_norm=True).params == params
+    for seed in range(10 if name in DEEP else 50):
+        slices.check_costs(net, x, slices.drawn(net, seed))
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "efficientnet_b0"])
@@ -194,7 +94,7 @@ def test_networks_travel_and_start_from_the_seed_alone(name: str) -> None:
     there = pickle.loads(data)
     a, b = net.init(1), there.init(1)
     assert set(a) == set(net.space.shapes) and all(torch.equal(a[n], b[n]) for n in a)
-    bare = net.module(drawn(net, 0), device="meta")
+    bare = net.module(slices.drawn(net, 0), device="meta")
     assert all(t.is_meta for t in bare.state_dict().values())
 
 
