@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from subfleet.core.errors import InputError
@@ -192,16 +194,32 @@ def candidates(
         order = [("vmap", widest), ("vmap", max(2, widest // 2)), *order]
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
+    last = images and _takes_channels_last(net)
     return [
         Choice(
             variant=variant_name(variant),
             device=device,
             way=way,
             side_by_side=width,
-            memory_format="channels_last" if way != "vmap" and images else "contiguous",
+            memory_format="channels_last" if way != "vmap" and last else "contiguous",
             dtype=dtype,
             from_round=round,
         )
         for way, width in dict.fromkeys(order)
         if way in ways
     ]
+
+
+@lru_cache(maxsize=16)
+def _takes_channels_last(net: SuperNetwork) -> bool:
+    """Whether the network's code runs on images that lie channels last: `x.view` may not."""
+    # Strides on the meta device are not those of a CPU: run the narrowest network.
+    narrowest = IndexMap.prefix(dict.fromkeys(net.elastic, 1))
+    module: Any = net.module(narrowest).eval()
+    x = net.example(2)
+    try:
+        with torch.no_grad():
+            module.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    return True

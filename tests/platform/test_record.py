@@ -2,12 +2,13 @@ import json
 from collections import OrderedDict
 
 import pytest
+import torch
 import toys
 from torch import nn
 
 from subfleet.core.errors import InputError
 from subfleet.core.program import RunProgram
-from subfleet.models import chain, char_lstm
+from subfleet.models import chain, char_lstm, supernet
 from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
 
 
@@ -139,6 +140,21 @@ def test_images_lie_in_channels_last_unless_they_are_mapped():
     formats = {c.way: c.memory_format for c in tried(toys.cnn(), "cuda")}
     assert formats == {"vmap": "contiguous", "traced": "channels_last", "loop": "channels_last"}
     assert {c.memory_format for c in tried(toys.mlp())} == {"contiguous"}
+
+
+def test_code_that_cannot_have_channels_last_is_spared():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 3, 3), nn.Linear(108, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(x.view(x.size(0), -1))
+
+    assert {c.memory_format for c in tried(supernet(Views(), torch.zeros(1, 1, 8, 8)))} == {
+        "contiguous"
+    }
 
 
 def test_a_choice_says_what_was_asked():
