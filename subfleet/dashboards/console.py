@@ -30,12 +30,16 @@ def duration(seconds: float) -> str:
 
 
 class LoggedWarnings:
-    """An `Observer` for runs that nobody watches: logs the warnings, and is silent else."""
+    """An `Observer` for runs that nobody watches: logs the warnings, and notes as info."""
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Log `info["warnings"]`."""
         for warning in info.get("warnings", ()):
             logging.getLogger("subfleet").warning(warning)
+
+    def on_note(self, text: str) -> None:
+        """Log the note."""
+        logging.getLogger("subfleet").info(text)
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Nothing to say."""
@@ -96,6 +100,10 @@ class ConsoleProgress:
         elif now - self._printed_s >= self._interval_s or done == self._total:
             self._printed_s = now
             self._plain(f"round {done}/{self._total}  {text}")
+
+    def on_note(self, text: str) -> None:
+        """Show the note, above the bar where there is one."""
+        self._plain(text)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Leave the last state of the bar on the screen."""

@@ -126,6 +126,13 @@ METRICS_COLUMNS: tuple[Column, ...] = (
     ),
     Column("retries", "int", "bundles", "Bundles that had to be run again.", "platform/retries"),
     Column(
+        "out_of_memory",
+        "int",
+        "times",
+        "Memory ran out: the round began anew with half as many clients of a variant side by side.",
+        "platform/out_of_memory",
+    ),
+    Column(
         "dropped",
         "int",
         "clients",

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from subfleet.datasets.stream import CohortStream
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.job import Job
-from subfleet.platform.metrics import Observer
+from subfleet.platform.metrics import Observer, tell
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
@@ -40,6 +40,9 @@ class _Events:
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         del coverage
         self._note("round", record)
+
+    def on_note(self, text: str) -> None:
+        self._note("note", {"text": text})
 
     def on_end(self, summary: dict[str, Any]) -> None:
         self._note("end", summary)
@@ -134,5 +137,7 @@ def _tell(progress: Observer, kind: str, value: dict[str, Any]) -> None:
         progress.on_start(value)
     elif kind == "round":
         progress.on_round(value, {})
+    elif kind == "note":
+        tell([progress], value["text"])
     else:
         progress.on_end(value)

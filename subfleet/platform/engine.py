@@ -32,7 +32,7 @@ from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle, Trial
 from subfleet.platform.chunks import Chunk, Rows, Trained
-from subfleet.platform.memory import keep_freed_memory
+from subfleet.platform.memory import OutOfMemory, charged_to, keep_freed_memory
 from subfleet.platform.record import Choice, candidates, variant_name
 from subfleet.platform.resident import Resident, finite
 
@@ -112,14 +112,21 @@ class Engine:
     def trial(
         self, trial: Trial, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
     ) -> BundleResult:
-        """Seconds that one step of one client takes by each choice: the table's "seconds"."""
+        """Seconds that one step of one client takes by each choice: the table's "seconds".
+
+        Infinity for a choice that the device has not enough memory for.
+        """
         program = shortened(self.work.algorithm.phase(trial.round).program, TRIAL_STEPS)
         seconds = []
         for choice in trial.choices:
             tasks = trial.tasks[: max(2, choice.side_by_side)]
             bundle = TrainBundle(trial.number, trial.round, tasks, {choice.variant: choice}, 0.0)
-            self._train(bundle, program, True, blocks, shared)  # traces, and warms up
-            result = self._train(bundle, program, True, blocks, shared)
+            try:
+                self._train(bundle, program, True, blocks, shared)  # traces, and warms up
+                result = self._train(bundle, program, True, blocks, shared)
+            except OutOfMemory:
+                seconds.append(float("inf"))
+                continue
             steps = max(1, int(result.table["steps"].sum()))
             seconds.append(float(result.table["seconds"].sum()) / steps)
         return BundleResult(trial.number, {"seconds": np.array(seconds)}, {})
@@ -154,16 +161,17 @@ class Engine:
             resident = self.resident(tasks[0].map, choice)
             way = mapped if choice.way == "vmap" else loop
             clock = perf_counter()
-            for task, position, trained in zip(
-                tasks, positions, way.run(chunk, resident), strict=True
-            ):
-                seconds = perf_counter() - clock
-                tested = None
-                if bundle.local_test and trained.params is not None and trained.healthy:
-                    rows = _rows(blocks["test"], position)
-                    tested = evaluation.score(resident, trained.params, *rows, self.work.scale)
-                tally.add(task, position, trained, seconds, tested)
-                clock = perf_counter()
+            with charged_to(choice.variant, choice.device):
+                for task, position, trained in zip(
+                    tasks, positions, way.run(chunk, resident), strict=True
+                ):
+                    seconds = perf_counter() - clock
+                    tested = None
+                    if bundle.local_test and trained.params is not None and trained.healthy:
+                        rows = _rows(blocks["test"], position)
+                        tested = evaluation.score(resident, trained.params, *rows, self.work.scale)
+                    tally.add(task, position, trained, seconds, tested)
+                    clock = perf_counter()
         return tally.result(bundle.number, {"train": perf_counter() - started})
 
     def _own(self, bundle: TrainBundle, position: int) -> Params | None:
@@ -189,9 +197,11 @@ class Engine:
                 net = self.resident(map, choice)
                 params = self.work.net.space.extract(shared[0], map)
                 adapting = self._adapting(bundle, blocks, shared, map, net, choice)
-                distinct[map.key] = evaluation.run(
-                    self.work.net, net, params, how, blocks, bundle.part, self.work.scale, adapting
-                )
+                with charged_to(choice.variant, choice.device):
+                    distinct[map.key] = evaluation.run(
+                        *(self.work.net, net, params, how, blocks, bundle.part),
+                        *(self.work.scale, adapting),
+                    )
             correct, loss, count = distinct[map.key]
             table |= {f"{name}/correct": correct, f"{name}/loss": loss, f"{name}/count": count}
         return BundleResult(bundle.number, table, {"evaluate": perf_counter() - started})

@@ -47,7 +47,7 @@ class Executor(Protocol):
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
     ) -> Iterator[BundleResult]:
-        """Every bundle's result, once."""
+        """Every bundle's result, once; whoever stops asking may `run` others at once."""
         ...
 
     def close(self) -> None:
@@ -140,6 +140,7 @@ class RayExecutor:
         self._patience_s = patience_s
         self._stream = stream
         self._puts: list[tuple[Params, Any]] = []  # trees put last, so that none is put twice
+        self._strays: dict[Any, _Host] = {}  # calls whose results nobody waits for any more
 
     def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
         """Starts the stream of rows, where there is one."""
@@ -161,24 +162,28 @@ class RayExecutor:
         for host in self._hosts:
             if host.silent_since is not None:  # patience counts from now, not from the last call
                 host.silent_since = monotonic()
-        while waiting or flying:
-            while waiting and (host := self._free()) is not None:
-                bundle = waiting.popleft()
-                attempts[bundle.number] += 1
-                parts, tables = self._rows_of(bundle, attempts[bundle.number])
-                call = host.actor.run.remote(bundle, versions, parts, *refs, *tables)
-                flying[call] = (bundle, host)
-                host.load += 1
-            for ref in self._ended(flying):
-                bundle, host = flying.pop(ref)
-                host.load -= 1
-                try:
-                    result: Any = ray.get(ref)
-                except RayError as error:
-                    self._again(bundle, host, error, attempts[bundle.number])
-                    waiting.appendleft(bundle)
-                else:
-                    yield result
+        try:
+            while waiting or flying:
+                while waiting and (host := self._free()) is not None:
+                    bundle = waiting.popleft()
+                    attempts[bundle.number] += 1
+                    parts, tables = self._rows_of(bundle, attempts[bundle.number])
+                    call = host.actor.run.remote(bundle, versions, parts, *refs, *tables)
+                    flying[call] = (bundle, host)
+                    host.load += 1
+                for ref in self._ended(flying):
+                    bundle, host = flying.pop(ref)
+                    host.load -= 1
+                    try:
+                        result: Any = ray.get(ref)
+                    except RayError as error:
+                        self._again(bundle, host, error, attempts[bundle.number])
+                        waiting.appendleft(bundle)
+                    else:
+                        yield result
+        finally:
+            # Left early: hosts are still at these.
+            self._strays |= {ref: host for ref, (_, host) in flying.items()}
 
     def _rows_of(self, bundle: Bundle, attempt: int) -> tuple[list[str], list[Any]]:
         """The streamed rows of a bundle: tables and the part of each.
@@ -208,7 +213,7 @@ class RayExecutor:
             host.ask()
         asked = {host.question: host for host in self._hosts if host.question is not None}
         silent = any(host.silent_since is not None for host in self._hosts)
-        calls = [*flying, *asked]
+        calls = [*flying, *self._strays, *asked]
         if not calls:
             sleep(ASK_AGAIN_S)
             return []
@@ -216,6 +221,8 @@ class RayExecutor:
         for ref in done:
             if ref in asked:
                 asked[ref].answered(_is_up(ref))
+            if (host := self._strays.pop(ref, None)) is not None:
+                host.load -= 1
         self._check_patience()
         return [ref for ref in done if ref in flying]
 
@@ -264,7 +271,7 @@ class RayExecutor:
 
     def close(self) -> None:
         """Forgets the trees and the rows; the hosts belong to whoever started them."""
-        self._puts = []
+        self._puts, self._strays = [], {}
         if self._stream is not None:
             self._stream.close()
 

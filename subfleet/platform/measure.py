@@ -89,6 +89,7 @@ def round_record(
     coverage_min: int | None,
     retries: int,
     trained_s: float,
+    out_of_memory: int = 0,
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl` but its `seconds`; takes `bytes_map` out of the columns."""
     merged = columns["status"] == OK
@@ -109,6 +110,7 @@ def round_record(
         "flops": float(columns["flops"].sum()),
         "clients_per_s": len(merged) / trained_s,
         "retries": retries,
+        "out_of_memory": out_of_memory,
         "dropped": 0,
         "late": 0,
     }

@@ -29,6 +29,9 @@ RoundRecord = dict[str, Any]  # the keys of METRICS_COLUMNS, where they apply
 class Observer(Protocol):
     """Watches a run; the coordinator calls it, from one thread.
 
+    It may also have `on_note(text)`, which hears in a line each what the engine chose for
+    a variant, and when that changes: memory ran out, say.
+
     `info`: rounds (of the whole run), start (rounds already done, 0 unless
     resumed), config (the experiment, a nested dict), run_folder, algorithm,
     warnings (sentences that whoever started the run should read).
@@ -45,6 +48,14 @@ class Observer(Protocol):
     def on_end(self, summary: dict[str, Any]) -> None:
         """After the last round, or when the run stops: `summary["finished"]` says which."""
         ...
+
+
+def tell(observers: Iterable[Observer], text: str) -> None:
+    """A note for those of the observers that take notes."""
+    for observer in observers:
+        hear = getattr(observer, "on_note", None)
+        if hear is not None:
+            hear(text)
 
 
 class MetricsLog:
@@ -218,7 +229,7 @@ def _is_text(values: Any) -> bool:
 
 # Summed over the rounds as total_<key>; of the others the last value says all.
 _COSTS = ("bytes_up", "bytes_down", "bytes_map", "flops", "sim_seconds", "energy_j")
-_TOTALS = (*_COSTS, "retries", "dropped", "late")
+_TOTALS = (*_COSTS, "retries", "out_of_memory", "dropped", "late")
 _BEST = {"acc_global": max, "acc_local": max, "loss_global": min}
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +40,16 @@ from subfleet.platform.measure import (
     mean_cost,
     round_record,
 )
-from subfleet.platform.metrics import ClientsLog, MetricsLog, Observer, params_sha256, summarise
+from subfleet.platform.memory import OutOfMemory
+from subfleet.platform.metrics import (
+    ClientsLog,
+    MetricsLog,
+    Observer,
+    params_sha256,
+    summarise,
+    tell,
+)
+from subfleet.platform.notes import engine_notes
 from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
@@ -75,6 +85,7 @@ class Rounds:
         self._saved = 0  # the round of the newest checkpoint
         self._settled = False  # whether the state is that of `done` whole rounds
         self._stopping = False
+        self._told = 0  # entries of the engine record that observers know of
 
     # --- the whole run -----------------------------------------------------------------------
 
@@ -160,6 +171,14 @@ class Rounds:
         }
         for observer in self.observers:
             observer.on_start(info)
+        self._told = len(self.tuner.record.choices)
+
+    def _tell_choices(self) -> None:
+        """Tells observers what has been added to the engine record."""
+        choices = self.tuner.record.choices
+        for text in engine_notes(choices[: self._told], choices[self._told :]):
+            tell(self.observers, text)
+        self._told = len(choices)
 
     def _finish(self, metrics: MetricsLog, *, finished: bool) -> dict[str, Any]:
         model = self.algorithm.model(self.state)
@@ -191,8 +210,7 @@ class Rounds:
                 state = self.algorithm.enter(phase, state)
             cohort = self.roster.cohort(phase, round)
             plan = self.algorithm.plan(state, cohort, round)
-            bundles = self._bundles(phase, plan, round, local_test=measured)
-        results, reduced = self._train(bundles, plan, collect=phase.reduction == "collect")
+        bundles, results, reduced, narrowed = self._trained(phase, plan, round, measured)
         self._refuse_nan(round, results)
         with self.clock.phase("server"):
             state = self.algorithm.server_step(state, plan, reduced)
@@ -208,6 +226,7 @@ class Rounds:
                 evaluated=evaluated,
                 coverage_min=min((int(c.min()) for c in coverage.values()), default=None),
                 retries=self.executor.retries - retries,
+                out_of_memory=narrowed,
                 trained_s=trained_s,
             )
         # All that the next round follows from changes here, at once.
@@ -231,7 +250,7 @@ class Rounds:
     ) -> list[TrainBundle]:
         choices = self.tuner.choices(phase, plan, round)
         per = self.options.bundle_clients
-        count = -(-len(plan.tasks) // per) if per else None
+        number = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
         macs = {key: self.net.cost(map).macs for key, map in maps.items()}
 
@@ -239,12 +258,31 @@ class Rounds:
             return bundling.predicted_seconds(phase.program, task, macs[task.map.key])
 
         cut = bundling.cut(
-            plan.tasks, predicted, count, round=round, choices=choices, local_test=local_test
+            plan.tasks, predicted, number, round=round, choices=choices, local_test=local_test
         )
         if self.algorithm.keeps:
             for bundle in cut:
                 bundle.own.extend(self.kept.read(bundle.ids))
         return cut
+
+    def _trained(
+        self, phase: Phase, plan: RoundPlan, round: int, measured: bool
+    ) -> tuple[list[TrainBundle], list[BundleResult], Reduced, int]:
+        """The round's work, begun anew with fewer clients side by side while memory runs out.
+
+        Nothing of the state has changed until then. The last value: how often that was so.
+        """
+        for narrowed in count():
+            with self.clock.phase("plan"):
+                bundles = self._bundles(phase, plan, round, local_test=measured)
+            self._tell_choices()
+            try:
+                results, reduced = self._train(bundles, plan, collect=phase.reduction == "collect")
+            except OutOfMemory as error:
+                self.tuner.narrow(error.variant, round)
+            else:
+                return bundles, results, reduced, narrowed
+        raise AssertionError("unreachable")
 
     def _train(
         self, bundles: list[TrainBundle], plan: RoundPlan, *, collect: bool

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 from subfleet.core.errors import RunFailed
+from subfleet.platform.memory import ran_out
 
 Traced = Callable[..., Sequence[Any]]
 """Takes the leaves that it was traced with, others of their shapes, and gives a flat list."""
@@ -52,6 +53,8 @@ def traced(
         with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
             module = make_fx(function)(*copies)
     except Exception as error:  # whatever the author's loss raises under tracing
+        if ran_out(error):
+            raise
         raise RunFailed(
             f'the clients\' loss cannot be traced ({error}); set run.engine = "loop"'
         ) from error
