@@ -19,8 +19,9 @@ from torch import nn
 
 from subfleet.core.errors import InputError
 from subfleet.core.program import ClientProgram, LossProgram, RunProgram
-from subfleet.core.supernet import SuperNetwork, has_dropout
+from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
+from subfleet.platform import layers
 
 Way = Literal["loop", "traced", "vmap"]
 Dtype = Literal["float32", "bfloat16"]
@@ -151,8 +152,8 @@ def possible(net: SuperNetwork, program: ClientProgram) -> frozenset[Way]:
     """The ways in which clients can be computed; "loop" always is one.
 
     A search runs plain Python. Recurrent layers torch traces and maps step by step of time,
-    slower than its loop. With BatchNorm the padded rows of mapped clients would enter the
-    batch statistics, and dropout's draws torch cannot map.
+    slower than its loop. Layers must be known to give mapped clients what the loop gives them
+    (`subfleet.platform.layers`); with BatchNorm only a loss, whose batch tells of its padding.
     """
     module = net.module(device="meta")
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
@@ -161,7 +162,8 @@ def possible(net: SuperNetwork, program: ClientProgram) -> frozenset[Way]:
     ways: set[Way] = {"loop"}
     if isinstance(program, LossProgram):
         ways.add("traced")
-    if not net.statistics and not has_dropout(module):
+    told = isinstance(program, LossProgram) or not net.statistics
+    if told and layers.can_map(module, net.statistics):
         ways.add("vmap")
     return frozenset(ways)
 
@@ -213,9 +215,7 @@ def candidates(
 @lru_cache(maxsize=16)
 def _takes_channels_last(net: SuperNetwork) -> bool:
     """Whether the network's code runs on images that lie channels last: `x.view` may not."""
-    # Strides on the meta device are not those of a CPU: run the narrowest network.
-    narrowest = IndexMap.prefix(dict.fromkeys(net.elastic, 1))
-    module: Any = net.module(narrowest).eval()
+    module: Any = net.module().eval()  # strides on the meta device are not those of a CPU
     x = net.example(2)
     try:
         with torch.no_grad():
