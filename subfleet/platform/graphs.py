@@ -9,7 +9,7 @@ kernels on a CPU wait for memory more than for arithmetic, so these rewrites pay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _VIEWS = (
     _aten.reshape.default,
 )
 _TRANSPOSES = (_aten.t.default, _aten.transpose.int)
-_PRODUCTS = {_aten.mm.default: _aten.addmm_.default, _aten.bmm.default: _aten.baddbmm_.default}
+_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
 _OWN = (_aten.convolution.default, _aten.addmm.default, _aten.mm.default, _aten.bmm.default)
 
 
@@ -94,44 +94,33 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
     relu_back.replace_all_uses_with(pool_back)
 
 
-# -- gradients added where they are made
+# -- gradients that are products
 
 
-def add_in_place(module: GraphModule, targets: Sequence[Node], scale: Any, keep: Any) -> None:
-    """Target <- keep * target + scale * gradient, as part of the graph.
+def factored(module: GraphModule, count: int) -> list[bool]:
+    """Let the graph return two factors where one of its first `count` leaves is their product.
 
-    The gradients are the first leaves of the graph's output, in the order of `targets`,
-    and become None there. `scale` and `keep` are nodes of numbers. Where a gradient is a
-    product of matrices, the product adds into its target.
+    For each of these leaves, whether it is now two: matrices left and right, whose product,
+    for every client of a batch of them, is the gradient. Whoever adds the gradient to
+    something then need not store it.
     """
     graph = module.graph
     end: Node = graph.output_node()
-    leaves = list(end.args[0])
-    rest: list[tuple[Node, Node]] = []
+    leaves: list[Node] = []
+    products = []
     with graph.inserting_before(end):
-        for place, target in enumerate(targets):
-            gradient, leaves[place] = leaves[place], None
-            if (factors := _factors(graph, gradient)) is None:
-                rest.append((target, gradient))
-                continue
-            product, left, right = factors
-            options = {"beta": keep, "alpha": scale}
-            graph.call_function(_PRODUCTS[product], (target, left, right), options)
-        if rest:
-            into, added = (list(nodes) for nodes in zip(*rest, strict=True))
-            graph.call_function(_torch._foreach_mul_, (into, keep))
-            graph.call_function(_torch._foreach_add_, (into, added), {"alpha": scale})
+        for place, leaf in enumerate(end.args[0]):
+            factors = _factors(graph, leaf) if place < count else None
+            leaves += [leaf] if factors is None else factors
+            if place < count:
+                products.append(factors is not None)
     end.args = (leaves,)
-    graph.eliminate_dead_code(_has_effect)
+    graph.eliminate_dead_code()
     module.recompile()
+    return products
 
 
-def _has_effect(node: Node) -> bool:
-    name = getattr(node.target, "__name__", "").partition(".")[0]
-    return node.op in ("placeholder", "output") or name.endswith("_")
-
-
-def _factors(graph: Graph, gradient: Node) -> tuple[Any, Node, Node] | None:
+def _factors(graph: Graph, gradient: Node) -> list[Node] | None:
     """A gradient as a product of two matrices, through transposes and changes of type."""
     node, turned = gradient, False
     while node.target in (*_TRANSPOSES, _aten._to_copy.default):
@@ -145,7 +134,7 @@ def _factors(graph: Graph, gradient: Node) -> tuple[Any, Node, Node] | None:
     if turned:
         left, right = _turned(graph, right), _turned(graph, left)
     dtype = gradient.meta["tensor_meta"].dtype
-    return node.target, _as(graph, left, dtype), _as(graph, right, dtype)
+    return [_as(graph, left, dtype), _as(graph, right, dtype)]
 
 
 def _swaps_last(node: Node) -> bool:

@@ -1,25 +1,23 @@
 """One step of a loss program, gradient and update, as a flat list of kernels.
 
-For one client or for many side by side. Without clipping and proximal terms the update is
-part of the graph: products of matrices add into the weights, or the velocity, where they
-are made, so that no gradient of theirs is ever stored.
+For one client or for many side by side. Without clipping and proximal terms, gradients that
+are products of matrices come as their factors: the product adds into the weights, or the
+velocity, and no such gradient is ever stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.fx import GraphModule
 
-from subfleet.core.program import Batch, LocalRule, LossProgram, Noise, Params
-from subfleet.platform import graphs, kernels, rule
+from subfleet.core.program import Batch, LossProgram, Noise, Params
+from subfleet.platform import kernels, rule
 from subfleet.platform.resident import Resident
-from subfleet.platform.traces import Traced, traced
+from subfleet.platform.traces import Flat, traced
 
 
 class Stepper:
@@ -62,12 +60,16 @@ class Stepper:
 
         `active`, bool [K], says which clients still have this step; None for all.
         """
-        leaves = [*self._fixed, key, *batch]
         shapes = tuple(leaf.shape for leaf in batch)
-        if self.fuses and active is None:
-            return self._fused(leaves, shapes)
-        *grads, loss = self._traced("gradient", shapes, self._gradient, leaves, graphs.tidy)
-        if active is None:
+        leaves = [*self._fixed, key, *batch]
+        factors = self.fuses and active is None
+        flat = self.net.traces.get(
+            (factors, shapes, self._key), lambda: self._traced(leaves, factors)
+        )
+        *grads, loss = flat.run(*leaves)
+        if factors:
+            self._add(grads, flat.products)
+        elif active is None:
             self._update(grads)
         else:
             before = [w.clone() for w in self.weights]
@@ -81,33 +83,37 @@ class Stepper:
             self.program.rule, self.weights, grads, self.velocity, self.start, clients=self.clients
         )
 
-    def _fused(self, leaves: list[Any], shapes: tuple[torch.Size, ...]) -> Tensor:
-        """V <- m v + g, or w <- (1 - lr d) w - lr g, as the gradients are made."""
-        local, count = self.program.rule, len(self.weights)
-        into = self.weights if self.velocity is None else self.velocity
-        leaves = [*into, *_factors(local), *leaves]
+    def _add(self, found: Sequence[Tensor], products: Sequence[bool]) -> None:
+        """V <- m v + g + d w; w <- w - lr v,  or  w <- (1 - lr d) w - lr g.
 
-        def gradient(*leaves: Any) -> Sequence[Tensor]:
-            return self._gradient(*leaves[count + 2 :])  # `_with_update` uses those before
-
-        rewrite = partial(_with_update, count)
-        *_, loss = self._traced("fused", shapes, gradient, leaves, rewrite)
+        `found` holds a gradient, or the two factors of one, for each weight.
+        """
+        local, left = self.program.rule, iter(found)
+        into, scale, keep = self.weights, -local.lr, 1.0 - local.lr * local.weight_decay
+        if self.velocity is not None:
+            into, scale, keep = self.velocity, 1.0, local.momentum
+        rest: list[Tensor] = []
+        grads: list[Tensor] = []
+        for target, product in zip(into, products, strict=True):
+            if not product:
+                rest.append(target)
+                grads.append(next(left))
+            elif target.dim() == 2:
+                target.addmm_(next(left), next(left), beta=keep, alpha=scale)
+            else:
+                target.baddbmm_(next(left), next(left), beta=keep, alpha=scale)
+        if rest:
+            if keep != 1.0:
+                kernels.mul_(rest, keep)
+            kernels.add_(rest, grads, alpha=scale)
         if self.velocity is not None:
             if local.weight_decay:
                 kernels.add_(self.velocity, self.weights, alpha=local.weight_decay)
             kernels.add_(self.weights, self.velocity, alpha=-local.lr)
-        return loss
 
-    def _traced(
-        self,
-        kind: str,
-        shapes: tuple[torch.Size, ...],
-        function: Traced,
-        leaves: list[Any],
-        rewrite: Any,
-    ) -> Sequence[Tensor]:
-        key = (kind, shapes, self._key)
-        return self.net.traces.get(key, lambda: traced(function, leaves, rewrite))(*leaves)
+    def _traced(self, leaves: list[Any], factors: bool) -> Flat:
+        count = len(self.weights) if factors else 0
+        return traced(self._gradient, leaves, count)
 
     def _gradient(self, *leaves: Any) -> Sequence[Tensor]:
         """The gradient at each weight, and the loss, from all leaves of a step."""
@@ -132,18 +138,3 @@ class Stepper:
 def chosen(active_K: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Rows of `new` where a client is active, of `old` where it is not."""
     return torch.where(active_K.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def _factors(local: LocalRule) -> tuple[float, float]:
-    """(scale, keep) of target <- keep * target + scale * gradient."""
-    if local.momentum:
-        return 1.0, local.momentum
-    return -local.lr, 1.0 - local.lr * local.weight_decay
-
-
-def _with_update(count: int, module: GraphModule) -> None:
-    """Let a traced gradient of `count` weights update its first arguments, in place."""
-    graphs.tidy(module)
-    places = list(module.graph.find_nodes(op="placeholder"))
-    into, (scale, keep) = places[:count], places[count : count + 2]
-    graphs.add_in_place(module, into, scale, keep)

@@ -9,30 +9,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 from subfleet.core.errors import RunFailed
+from subfleet.platform import graphs
 from subfleet.platform.memory import ran_out
 
-Traced = Callable[..., Sequence[Any]]
-"""Takes the leaves that it was traced with, others of their shapes, and gives a flat list."""
-
 _MOST = 32  # a loss made anew each round must not pile up traces
+
+
+class Flat(NamedTuple):
+    """A traced function: leaves in, a flat list out; `products` says which leaves are factors."""
+
+    run: Callable[..., Sequence[Any]]
+    products: Sequence[bool]  # see `subfleet.platform.graphs.factored`
 
 
 class Traces:
     """Traced functions by key; the oldest go first."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Hashable, Traced] = OrderedDict()
+        self._held: OrderedDict[Hashable, Flat] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Traced]) -> Traced:
+    def get(self, key: Hashable, make: Callable[[], Flat]) -> Flat:
         """The function of a key that says all that its control flow depends on, shapes too."""
         if (found := self._held.get(key)) is None:
             found = self._held[key] = make()
@@ -41,10 +45,11 @@ class Traces:
         return found
 
 
-def traced(
-    function: Traced, arguments: Sequence[Any], rewrite: Callable[[GraphModule], None]
-) -> Traced:
-    """A pure function of tensors and numbers as a flat list of kernels, rewritten in place."""
+def traced(function: Callable[..., Sequence[Any]], arguments: Sequence[Any], factors: int) -> Flat:
+    """A pure function of tensors as a flat list of kernels.
+
+    The first `factors` leaves that it gives may come as two factors each.
+    """
     # Tracing runs the function: on copies, for it may update statistics, and without a trace
     # in torch's generator, which the clients draw from.
     copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in arguments]
@@ -59,5 +64,5 @@ def traced(
             f'the clients\' loss cannot be traced ({error}); set run.engine = "loop"'
         ) from error
     module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
-    rewrite(module)
-    return module.forward
+    graphs.tidy(module)
+    return Flat(products=graphs.factored(module, factors), run=module.forward)
