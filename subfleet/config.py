@@ -22,8 +22,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from subfleet import config_errors, config_text
 from subfleet.core.errors import InputError
+from subfleet.core.schedule import ScheduleName
 
 SHARE_TOLERANCE = 1e-6
+SCHEDULE_KEYS = {"step": ("milestones", "decay"), "exponential": ("decay",)}
 
 
 def _whole(value: Any) -> Any:
@@ -138,7 +140,7 @@ class FleetTable(Table):
     tiers: tuple[Tier, ...] = Field(
         default_factory=_one_tier,
         strict=False,
-        description="list the tiers as {name, share, width | flops | params}",
+        description="list the tiers as {name, share, width | flops | params, depth, kernel}",
     )
 
     @model_validator(mode="after")
@@ -183,6 +185,23 @@ class TrainTable(Table):
     clip_norm: float | None = Field(
         default=None, gt=0, description="set the largest norm of a step's gradient, or leave it out"
     )
+    schedule: ScheduleName = Field(
+        default="constant", description="say how the learning rate falls from round to round"
+    )
+    warmup: Count = Field(
+        default=0, ge=0, description="set in how many first rounds the learning rate rises"
+    )
+    milestones: tuple[Annotated[Count, Field(ge=1)], ...] | None = Field(
+        default=None,
+        strict=False,
+        description="list the rounds after which the learning rate falls by a step",
+    )
+    decay: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="set the learning rate's factor at each milestone, or of each round",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -190,6 +209,29 @@ class TrainTable(Table):
         if isinstance(values, Mapping) and values.get("steps") is None:
             values = {**values, "epochs": 1 if values.get("epochs") is None else values["epochs"]}
         return values
+
+    @model_validator(mode="after")
+    def _what_a_schedule_needs(self) -> Self:
+        needed = SCHEDULE_KEYS.get(self.schedule, ())
+        for key in ("milestones", "decay"):
+            given = getattr(self, key) is not None
+            if given and key not in needed:
+                users = " or ".join(
+                    repr(name) for name in SCHEDULE_KEYS if key in SCHEDULE_KEYS[name]
+                )
+                raise ValueError(
+                    f"{key} is set, and schedule = {self.schedule!r} has no use for it; "
+                    f"set schedule to {users}, or remove {key}"
+                )
+            if key in needed and not given:
+                example = {"milestones": "[50, 75]", "decay": "0.99"}[key]
+                raise ValueError(
+                    f"schedule = {self.schedule!r} needs {key}; set it, for example to {example}"
+                )
+        rounds = list(self.milestones or ())
+        if rounds != sorted(set(rounds)):
+            raise ValueError(f"milestones = {rounds} do not rise; list each round once, in order")
+        return self
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> Self:
@@ -373,14 +415,18 @@ class Experiment(Table):
 
         Keys in `NOT_OF_THE_RESULT` never count. With `stops=False` those in
         `WHEN_TO_STOP` do not either: two experiments with equal such digests
-        run the same rounds, so the longer may continue from the shorter.
+        run the same rounds, so the longer may continue from the shorter. Under a
+        cosine schedule `run.rounds` always counts: every round's rate depends on it.
 
         >>> experiment = Experiment(data={"name": "femnist"})
         >>> experiment.fingerprint() == experiment.with_overrides(["run.hosts=3"]).fingerprint()
         True
         """
         tables = self.to_tables()
-        for dotted in NOT_OF_THE_RESULT | (frozenset() if stops else WHEN_TO_STOP):
+        left_out = NOT_OF_THE_RESULT | (frozenset() if stops else WHEN_TO_STOP)
+        if self.train.schedule == "cosine":
+            left_out -= {"run.rounds"}
+        for dotted in left_out:
             table, key = dotted.split(".")
             tables[table].pop(key, None)
         text = json.dumps(tables, sort_keys=True, separators=(",", ":"), allow_nan=False)

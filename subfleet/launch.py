@@ -24,6 +24,7 @@ from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Tier
 from subfleet.core.errors import InputError
 from subfleet.core.program import LocalRule, Params, Stream
+from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
@@ -89,7 +90,7 @@ def assemble(
     setting = Setting(
         net=net,
         tiers=tiers,
-        rule=_rule(experiment.train),
+        rule=_rule(experiment.train, experiment.run.rounds),
         stream=_stream(experiment.train),
         seed=seed,
         rounds=experiment.run.rounds,
@@ -124,12 +125,14 @@ def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
     )
 
 
-def _rule(train: TrainTable) -> LocalRule:
+def _rule(train: TrainTable, rounds: int) -> LocalRule:
+    options = {"milestones": train.milestones or (), "decay": train.decay or 1.0}
     return LocalRule(
         lr=train.lr,
         momentum=train.momentum,
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        schedule=Schedule(train.schedule, rounds, train.warmup, **options),
     )
 
 

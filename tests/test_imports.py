@@ -32,6 +32,7 @@ RAY_IS_USED_IN = {
 ENGINE = {
     *("engine", "loop", "mapped", "evaluation", "chunks", "resident", "feed"),
     *("traces", "kernels", "rule", "batches", "bundles", "record", "steps", "graphs", "memory"),
+    "layers",
 }
 
 

@@ -7,7 +7,7 @@ beside it. The engine owns loops, buffers, mapping and devices.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subfleet.core import seeds
 from subfleet.core.errors import InputError
+from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 
@@ -93,6 +94,8 @@ class LocalRule:
     """The optimiser step of a `LossProgram`, owned by the engine.
 
     w <- w - lr * v,  v <- momentum * v + (clip(g) + weight_decay * w + proximal * (w - w_start))
+
+    `lr` is multiplied by the `schedule`'s factor of the round; None leaves it as it is.
     """
 
     lr: float = 0.1
@@ -100,11 +103,22 @@ class LocalRule:
     weight_decay: float = 0.0
     proximal: float = 0.0
     clip_norm: float | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "weight_decay", "proximal"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)} is negative; use 0 or more")
+
+    def at(self, round: int) -> LocalRule:
+        """The rule of one round, with that round's rate.
+
+        >>> LocalRule(lr=0.4, schedule=Schedule("step", milestones=(5,), decay=0.5)).at(6).lr
+        0.2
+        """
+        if self.schedule is None:
+            return self
+        return replace(self, lr=self.lr * self.schedule.factor(round), schedule=None)
 
 
 class Batch(NamedTuple):

@@ -34,7 +34,7 @@ def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
     """Runs the chunk's clients in task order, whatever the form of the program."""
     resident.module.train()
     for index in range(len(chunk.tasks)):
-        if resident.has_dropout:  # it draws from torch's own generator
+        if resident.has_dropout:  # outside a step it draws from torch's own generator
             torch.manual_seed(chunk.noise_key(index))
         yield _client(chunk, index, resident)
 
@@ -86,16 +86,17 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     inputs = chunk.inputs(index)
     schedule = chunk.schedule(index, program.stream)
     x, y = chunk.data(index, program.stream.part, net)
-    key = chunk.noise_key(index)
-    stepper = Stepper(net, program, net.weights, net.statistics, inputs, clients=False)
+    keys = (chunk.noise_key(index) + torch.arange(len(schedule), device=chunk.device)).unbind()
+    stepping = net.prepared(program, chunk.round)
+    stepper = Stepper(net, stepping, net.weights, net.statistics, inputs, clients=False)
     traced_rows = program.stream.batch if chunk.choice.way == "traced" else None
     losses = []
     with torch.no_grad():
         for number, batch in enumerate(_batches(x, y, schedule)):
             if len(batch.y) == traced_rows:  # others come in too many sizes to trace
-                loss = stepper.step(torch.tensor(key + number), batch[:2])
+                loss = stepper.step(keys[number], batch[:2])
             else:
-                loss = stepper.plain_step(Noise(key + number, chunk.device), batch)
+                loss = stepper.plain_step(Noise(keys[number]), batch)
             losses.append(loss)
     with torch.no_grad():
         trained = {name: value.detach() for name, value in net.params.items()}
@@ -133,9 +134,9 @@ def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) 
             else:  # an empty weight, so that the batch's mean is 0 as under vmap, and not NaN
                 given[name] = Batch(x[:0], y[:0], torch.zeros(0, device=chunk.device))
         extra = {} if program.kind is None else {"kind": program.kind(number)}
-        local, metrics = program.step(
-            net, local, given, Noise(key + number, chunk.device), inputs, **extra
-        )
+        noise = Noise(key + number, chunk.device)
+        with net.step.entered(noise):
+            local, metrics = program.step(net, local, given, noise, inputs, **extra)
         size = len(given[first].y)
         if "loss" in metrics:
             total = total + metrics["loss"].detach() * size

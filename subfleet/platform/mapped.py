@@ -74,7 +74,8 @@ def _loss_clients(
     buffers = {name: params[name] for name in net.statistics}
     feed = Feed(chunk, group, program.stream, net)
     keys, inputs = _keys(chunk, group), _inputs(chunk, group)
-    stepper = Stepper(net, program, trainable, buffers, inputs, clients=True)
+    stepping = net.prepared(program, chunk.round)
+    stepper = Stepper(net, stepping, trainable, buffers, inputs, clients=True)
     losses: list[Tensor] = []
     with torch.no_grad():
         for step in range(feed.num_steps):
@@ -117,7 +118,8 @@ def _step_clients(
 
         def one(local, given, key, inputs, extra=extra):
             whole = {name: _batch(*feed) for name, feed in given.items()}
-            return program.step(net, local, whole, Noise(key), inputs, **extra)
+            with net.step.entered(Noise(key)):
+                return program.step(net, local, whole, Noise(key), inputs, **extra)
 
         given = {name: feed.at(number) for name, feed in feeds.items()}
         stepped, metrics = vmap(one)(local, given, keys + number, inputs)

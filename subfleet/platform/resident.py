@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from subfleet.core.program import Params
+from subfleet.core.program import LossProgram, Params
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
-from subfleet.platform import kernels
+from subfleet.platform import kernels, layers
 from subfleet.platform.record import Choice
 from subfleet.platform.traces import Traces
 
@@ -34,6 +35,8 @@ class Resident:
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module: nn.Module = module
+        self.step = layers.Step()
+        self._steps_matter = layers.adopt(module, self.step)
         # A chain without hooks runs layer by layer: nn.Module's call costs 3 us a layer.
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         self._layers = [layer.forward for layer in module.children()] if plain else [module]
@@ -65,6 +68,12 @@ class Resident:
         # Leaves that are not the network's own (momentum, say) may stand beside them.
         own = {name: value for name, value in params.items() if name in self.params}
         return functional_call(self.module, own, (x,))
+
+    def prepared(self, program: LossProgram, round: int) -> LossProgram:
+        """The program with the round's rate, and a loss whose steps this network's layers know."""
+        rule = program.rule.at(round)
+        loss = layers.InStep(program.loss) if self._steps_matter else program.loss
+        return replace(program, rule=rule, loss=loss)
 
     def load(self, params: Params) -> None:
         """Copies a client's start into the buffers; `params` must name every tensor."""

@@ -1,13 +1,15 @@
 import json
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toys
 from torch import nn
 
 from subfleet.core.errors import InputError
-from subfleet.core.program import RunProgram
+from subfleet.core.program import ClientResult, RunProgram, StepProgram
 from subfleet.models import chain, char_lstm, supernet
 from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
 
@@ -122,15 +124,33 @@ def test_what_is_tried_on_cpus_and_gpus():
     assert ways(toys.mlp(), "cuda", "loop") == ["loop"]
 
 
-def test_batch_norm_dropout_and_searches_are_not_mapped():
-    dropping = chain(
-        "dropping",
-        nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), drop=nn.Dropout(0.5), head=nn.Linear(4, 2))),
-        (4,),
-    )
-    for net in (toys.mlp(norm=True), toys.cnn("batch"), dropping):
-        assert ways(net, "cuda", "vmap") == ["loop"]
-        assert ways(net, "cuda") == ["traced", "loop"]
+def with_layer(layer):
+    layers = OrderedDict(fc=nn.Linear(4, 4), own=layer, head=nn.Linear(4, 2))
+    return supernet(nn.Sequential(layers), torch.zeros(2, 4))
+
+
+class Drops(nn.Module):
+    """Calls dropout itself."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_norms_and_dropout_are_mapped_where_their_layers_are_known():
+    for net in (toys.mlp(norm=True), toys.cnn("batch"), with_layer(nn.Dropout(0.5))):
+        assert ways(net, "cuda", "vmap") == ["vmap", "loop"]
+    for layer in (nn.AlphaDropout(0.5), Drops()):
+        assert ways(with_layer(layer), "cuda", "vmap") == ["loop"]
+        assert ways(with_layer(layer), "cuda") == ["traced", "loop"]
+    still = replace(toys.mlp(), statistics=frozenset({"fc0.bias"}))  # held by no known layer
+    assert ways(still, "cuda", "vmap") == ["loop"]
+    # A step program's layers are not told which rows are padding.
+    steps = StepProgram(lambda: {}, lambda: ({}, {}), lambda: ClientResult({}), {})
+    assert ways(toys.mlp(norm=True), "cuda", "auto", steps) == ["loop"]
+    assert ways(with_layer(nn.Dropout(0.5)), "cuda", "vmap", steps) == ["vmap", "loop"]
+
+
+def test_searches_and_recurrent_layers_are_not_mapped():
     assert ways(toys.mlp(), "cuda", "vmap", SEARCH) == ["loop"]
     assert ways(toys.cnn("group"), "cuda")[0] == "vmap"
     assert ways(char_lstm(hidden=4, embedding_size=3)) == ["loop"]
