@@ -64,7 +64,7 @@ class Found:
     outputs: dict[str, Label] = field(default_factory=dict)  # of layers with weights
     unseen: dict[str, str] = field(default_factory=dict)  # layer -> a function without a rule
     uncounted: dict[str, str] = field(default_factory=dict)  # layer -> what costs beside the rows
-    draws: bool = False  # from torch's generator
+    draws: bool = False  # from torch's generator, in code that is no dropout layer's
 
 
 class NoRule(Exception):
@@ -225,6 +225,9 @@ class Follower(TorchFunctionMode):
         """Add a row to the cost table."""
         self.found.rows.append(Row(name, kind, inputs, outputs, options))
 
+    def _in_dropout(self) -> bool:
+        return isinstance(self.part(self.layer), nn.modules.dropout._DropoutNd)
+
     # -- functions
 
     def __torch_function__(
@@ -244,7 +247,7 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         returned = list(tensors_in(out))
         call = Call(name, args, kwargs, out)
-        if name in DRAWS_NUMBERS or _drops(call):
+        if name in DRAWS_NUMBERS or (_drops(call) and not self._in_dropout()):
             self.found.draws = True
         if name != "__setitem__" and (not returned or not call.tensors):
             return out
