@@ -37,7 +37,8 @@ class SuperNetwork:
     and variances. `stages`: the blocks that may be skipped, in runs, each of them in the
     order in which the network runs them. `input_shape` is one sample's, without the batch
     axis; `input_dtype` is int64 where the samples are tokens. `uncounted`: what has a cost
-    that `layers` do not hold; there no budget can be kept.
+    that `layers` do not hold; there no budget can be kept. `fixed`: layers whose outputs
+    are kept by definition, and why ("" where nobody said).
 
     It pickles when `build` does: give a `functools.partial` of a module's function.
     """
@@ -53,6 +54,7 @@ class SuperNetwork:
     stages: tuple[tuple[str, ...], ...] = ()
     input_dtype: torch.dtype = torch.float32
     uncounted: tuple[str, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in self.elastic:

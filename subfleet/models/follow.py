@@ -8,8 +8,12 @@ without a rule fixes all units that it meets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from subfleet.core.errors import InputError
 from subfleet.models.axes import Axes, Label, Reason, free
+from subfleet.models.template import place
 
 READS_VALUES = frozenset(
     {
@@ -65,6 +70,20 @@ class Found:
     unseen: dict[str, str] = field(default_factory=dict)  # layer -> a function without a rule
     uncounted: dict[str, str] = field(default_factory=dict)  # layer -> what costs beside the rows
     draws: bool = False  # from torch's generator, in code that is no dropout layer's
+
+
+# Code between the user's and an error.
+_OURS = tuple(
+    os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__))
+)
+
+
+def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """The last of the frames, outermost first, that is neither torch's nor this package's."""
+    own = [
+        (f.f_code.co_filename, at) for f, at in frames if not f.f_code.co_filename.startswith(_OURS)
+    ]
+    return f" at {os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
 
 
 class NoRule(Exception):
@@ -135,8 +154,9 @@ class Follower(TorchFunctionMode):
             raise
         except Exception as error:  # the user's code may raise anything; it is the cause to show
             said = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(". ")
+            line = users_line(traceback.walk_tb(error.__traceback__))
             raise self.refuse(
-                f"a sample of shape {tuple(x.shape[1:])} cannot be followed ({said})",
+                f"a sample of shape {tuple(x.shape[1:])} cannot be followed{line} ({said})",
                 "correct the layer, or the example input",
             ) from error
         finally:
@@ -201,7 +221,7 @@ class Follower(TorchFunctionMode):
         if name in self._used:
             path = name.rpartition(".")[0]
             raise InputError(
-                f"model {self.model!r}, layer {path!r}: it is used twice, so that two places share "
+                f"model {self.model!r}, {place(path)}: it is used twice, so that two places share "
                 "its weights; give each a layer of its own"
             )
         self._used.add(name)
@@ -239,9 +259,10 @@ class Follower(TorchFunctionMode):
         if name == "__get__":
             name = f"get {func.__self__.__name__}"
         if name in READS_VALUES:
+            line = users_line(reversed([*traceback.walk_stack(sys._getframe())]))
             raise self.refuse(
-                f"the forward pass reads values of a tensor ({name}), so that it may differ from "
-                "sample to sample",
+                f"the forward pass reads values of a tensor ({name}){line}, so that it may differ "
+                "from sample to sample",
                 "let it depend on shapes only, or compute with torch.where",
             )
         out = func(*args, **kwargs)

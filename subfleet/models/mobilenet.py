@@ -169,13 +169,23 @@ def mobilenet_v2(
         raise InputError(f"model.variant is {variant!r}; choose plain or dwnp")
     if not kernels or min(kernels) < 1 or any(kernel % 2 == 0 for kernel in kernels):
         raise InputError(f"model.kernels is {list(kernels)}; give odd sizes from 1 up")
+    if transforms and len(set(kernels)) == 1:
+        raise InputError(
+            f"model.transforms is true, but model.kernels = {list(kernels)} is one size alone; "
+            "give several, such as [3, 5]"
+        )
     scaled(1, width)  # refuses widths that are not above 0
     with torch.device("meta"):
         module = _mobilenet_v2(
             input_shape[0], num_classes, norm, width, divisor, stem_stride, variant, max(kernels)
         )
     x = torch.empty(1, *input_shape, device="meta")
-    net = supernet(module, x, name="mobilenet_v2", fixed=("head.conv",))
+    net = supernet(
+        module,
+        x,
+        name="mobilenet_v2",
+        fixed={"head.conv": "widths leave the head whole, as the paper has it"},
+    )
     net = elastic(
         net,
         stages=_skippable(module) if depth else (),

@@ -9,12 +9,13 @@ DWNP (Gao et al. 2024).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subfleet.core.errors import InputError
 from subfleet.core.supernet import SuperNetwork
 from subfleet.models.blocks import Scores, conv_norm, with_gates
 from subfleet.models.cnn import Layers, Norm, scaled
@@ -70,10 +71,15 @@ def _resnet(
     width: float,
     projects: bool,
     depth: bool,
-    fixed: Collection[str] = (),
+    fixed: Mapping[str, str] | None = None,
 ) -> SuperNetwork:
     """Stages of `blocks[i]` blocks of `channels[i]`; each but the first halves the image."""
     widths = [scaled(size, width) for size in channels]
+    if not projects and widths != sorted(widths):
+        raise InputError(
+            f"model.channels is {list(channels)}: a shortcut without weights cannot have fewer "
+            "channels than come in; give sizes that do not decrease"
+        )
     with torch.device("meta"):
         layers: Layers = OrderedDict()
         layers["stem"] = conv_norm(
@@ -92,7 +98,9 @@ def _resnet(
             layers[f"layer{stage}"] = nn.Sequential(*parts)
         layers["head"] = Scores(before, num_classes)
         module = nn.Sequential(layers)
-    net = supernet(module, torch.empty(1, *input_shape, device="meta"), name=name, fixed=fixed)
+    net = supernet(
+        module, torch.empty(1, *input_shape, device="meta"), name=name, fixed=fixed or {}
+    )
     if depth:
         net = elastic(net, stages=_skippable(module))
     # DWNP counts the two convolutions of each block, and no shortcut.
@@ -193,5 +201,5 @@ def resnet56(
         width=width,
         depth=depth,
         projects=False,
-        fixed=("stem.conv",),  # which the later stages repeat beside their zeros
+        fixed={"stem.conv": "the stream that blocks add to, which later stages widen by zeros"},
     )

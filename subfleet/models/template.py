@@ -65,6 +65,10 @@ def build_small(template: Template, counts: Mapping[str, int]) -> nn.Module:
     return module
 
 
+def _path(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _home(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
@@ -86,6 +90,11 @@ def _initialise(module: nn.Module, template: Template) -> None:
 # -- the user's module made ready
 
 
+def place(layer: str) -> str:
+    """A layer's path in words; "" is the module itself."""
+    return f"layer {layer!r}" if layer else "the module itself"
+
+
 def prepared(model: str, module: nn.Module) -> nn.Module:
     """A copy whose state dictionary holds what is trained, and running statistics, only.
 
@@ -101,13 +110,13 @@ def prepared(model: str, module: nn.Module) -> nn.Module:
     for name, tensor in module.named_parameters(remove_duplicate=False):
         if nn.parameter.is_lazy(tensor):
             raise InputError(
-                f"model {model!r}, layer {name.rpartition('.')[0]!r}: its size is not known before "
+                f"model {model!r}, {place(_path(name))}: its size is not known before "
                 "it has run; run the module once on a batch, then give it"
             )
         first = seen.setdefault(id(tensor), name)
         if first != name:
             raise InputError(
-                f"model {model!r}, layer {name.rpartition('.')[0]!r}: {name!r} and {first!r} are "
+                f"model {model!r}, {place(_path(name))}: {name!r} and {first!r} are "
                 "one tied tensor; give each layer weights of its own"
             )
     module = copy.deepcopy(module)
@@ -145,7 +154,7 @@ def filled(model: str, module: nn.Module, init: Init | None) -> dict[str, float]
             numbers[name] = number
         elif not resets and init is None:
             raise InputError(
-                f"model {model!r}, layer {name.rpartition('.')[0]!r}: {name!r} has drawn values, "
+                f"model {model!r}, {place(_path(name))}: {name!r} has drawn values, "
                 "and its module no reset_parameters() to draw them anew from a run's seed; give it "
                 "that method, or supernet an init=function(module)"
             )

@@ -7,6 +7,7 @@ run the user's own code: they are copies with smaller layers.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
@@ -22,13 +23,14 @@ from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.supernet import SuperNetwork, drop_counters
 from subfleet.core.units import UnitSpace
 from subfleet.models.axes import Reason, size_of
-from subfleet.models.follow import Follower, Found
+from subfleet.models.follow import Follower, Found, users_line
 from subfleet.models.layer_rules import LAYER_RULES
 from subfleet.models.rules import RULES
 from subfleet.models.template import Init, Template, bare, build_small, filled, prepared
 
 _RULES = RULES | LAYER_RULES
 _BATCH, _OTHER_BATCH = 3, 5  # odd and unequal, so that sizes written out in the code show
+_ASKED = "x.shape[1], or the layer's own size,"
 _FIXED = "it works on an axis of fixed length"
 
 
@@ -45,7 +47,7 @@ def supernet(
     example_input: Tensor,
     *,
     name: str | None = None,
-    fixed: Collection[str] = (),
+    fixed: Collection[str] | Mapping[str, str] = (),
     annotate: Mapping[str, str | None] | None = None,
     init: Init | None = None,
 ) -> SuperNetwork:
@@ -58,7 +60,8 @@ def supernet(
         module: Any module whose forward pass depends on shapes, not on values.
         example_input: A batch, of one sample or more; its values do not matter.
         name: The model's name; by default the class's.
-        fixed: Layers whose outputs, or groups whose units, are never dropped.
+        fixed: Layers whose outputs, or groups whose units, are never dropped; as a mapping,
+            with the reason that `subfleet models explain` is to give.
         annotate: For a layer, the name of the group that its outputs are (layers with
             the same name become one group), or None to keep them all.
         init: Initialises a fresh module in place, after each layer's own
@@ -124,6 +127,7 @@ class _Traced:
         ready = prepared(name, module)
         self.filled = filled(name, ready, init)
         self.init, self.bare, self.found = init, bare(ready), Found()
+        self.fixed = dict(fixed) if isinstance(fixed, Mapping) else dict.fromkeys(fixed, "")
         self.axes = self.found.axes
         meta = drop_counters(deepcopy(ready).to("meta"))
         self.calls, out = self._follow(meta.eval(), _BATCH)
@@ -231,8 +235,14 @@ class _Traced:
         try:
             out = follower.run(x)
         except InputError as error:
-            said = str(error.__cause__ or error).splitlines()[0]
-            return Reason(follower.layer, f"the code needs this width: {said}")
+            cause = error.__cause__ or error
+            line = users_line(traceback.walk_tb(cause.__traceback__))
+            said = str(cause).splitlines()[0]
+            instead = "x.flatten(1)" if "invalid for input of size" in said else _ASKED
+            return Reason(
+                follower.layer,
+                f"the code writes this width out{line}: {said}; write {instead} instead",
+            )
         if out.shape[1] != self.num_classes:
             return Reason("", f"at another width there are {out.shape[1]} class scores")
         if follower.calls != self.calls:
@@ -274,6 +284,7 @@ class _Traced:
             elastic=tuple(groups),
             statistics=frozenset(shapes) - trained,
             input_dtype=self.dtype,
+            fixed=self.fixed,
             uncounted=tuple(f"{at} ({what})" for at, what in self.found.uncounted.items()),
         )
 
