@@ -14,11 +14,11 @@ def first_line(thing: Any) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows as JSON or as a table."""
+    """Rows as JSON or as a table, in a narrow one without what each thing is."""
     if as_json:
         print_json(rows)
     else:
-        print_table(rows)
+        print_table(rows, hide=["what"])
 
 
 @reported

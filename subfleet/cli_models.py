@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import sys
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +27,7 @@ ModelOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a=b", help="Set one of the model's own keys; repeatable."),
 ]
+_OPTION = re.compile(r"\s*[\w.-]+\s*=")
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -139,14 +140,8 @@ def models_describe(
     found = f"{name} at width {width:.4g}"
     found += f", depth {depth:g}" if net.stages else ""
     found += f", kernel {kernel}" if net.space.kernels and kernel else ""
-    for told, elastic, what in (
-        (depth < 1, net.stages, "depth"),
-        (kernel, net.space.kernels, "kernel"),
-    ):
-        if told and not elastic:
-            typer.echo(f"note: --{what} has no effect: {name} is not elastic in it", err=True)
-    if net.uncounted:
-        typer.echo(f"note: not counted: {', '.join(net.uncounted)}", err=True)
+    for note in _notes(net, depth, kernel):
+        typer.echo(f"note: {note}", err=True)
     _print_tables(shown, f"{found}, the largest within {budget}" if budget else found)
 
 
@@ -168,7 +163,10 @@ def models_explain(
     loading()
     from subfleet.describe import reasons
 
-    print_rows(reasons(build(name, options or [])), as_json)
+    rows = reasons(build(name, options or []))
+    if not as_json:
+        rows = [row | {"groups": ", ".join(row["groups"])} for row in rows]
+    print_rows(rows, as_json)
 
 
 def build(name: str, options: list[str]) -> SuperNetwork:
@@ -177,15 +175,47 @@ def build(name: str, options: list[str]) -> SuperNetwork:
     from subfleet.config import Experiment
     from subfleet.core.supernet import SuperNetwork
 
+    for option in options:
+        if not _OPTION.match(option):
+            raise InputError(
+                f"--set {option}: is not of the form key=value; {_example_of_set(name)}"
+            )
     overrides = [f"model.{option}" for option in options]
     tables = Experiment(data={"name": "-"}, model={"name": name}).with_overrides(overrides)
-    net = registry.build_model(tables.model)
+    net = registry.build_model_alone(tables.model)
     if not isinstance(net, SuperNetwork):
         raise InputError(
             f"model {name!r} makes a {type(net).__name__}, which is no super-network; let it "
             "return subfleet.models.supernet(module, example_batch)"
         )
     return net
+
+
+def _example_of_set(name: str) -> str:
+    """What `--set` may be for a model, e.g. one of its defaults."""
+    from subfleet import registry
+
+    factory = registry.model_factory(name)
+    known = registry.option_names(factory, registry.MODEL_GIVEN)
+    examples = registry.examples(factory)
+    example = next((f"{key}={examples[key]}" for key in known if key in examples), "width=0.5")
+    return f"write e.g. --set '{example}'; {name} has {', '.join(known) or 'no keys'}"
+
+
+def _notes(net: SuperNetwork, depth: float, kernel: int | None) -> Iterator[str]:
+    """What the tables do not say of a sub-network."""
+    for told, elastic, what in (
+        (depth < 1, net.stages, "depth"),
+        (kernel is not None, net.space.kernels, "kernel"),
+    ):
+        if told and not elastic:
+            yield f"--{what} has no effect: {net.name} is not elastic in it"
+    least = {min(sizes) for sizes in net.space.kernels.values()}
+    if kernel is not None and (larger := sorted(size for size in least if size > kernel)):
+        sizes = " and ".join(str(size) for size in larger)
+        yield f"--kernel {kernel} is below the smallest there is; layers have {sizes} instead"
+    if net.uncounted:
+        yield f"not counted: {', '.join(net.uncounted)}"
 
 
 def parse_budget(text: str) -> dict[str, int]:
@@ -211,6 +241,8 @@ def parse_budget(text: str) -> dict[str, int]:
                 f"--budget {text}: {part.strip()!r} is not flops=N or params=N with N of at "
                 "least 1; write e.g. flops=30M"
             )
+        if key in limits:
+            raise InputError(f"--budget {text}: {key} stands there twice; give one limit of it")
         limits[key] = round(limit)
     return limits
 
@@ -219,10 +251,9 @@ def parse_budget(text: str) -> dict[str, int]:
 
 
 def _print_tables(shown: Description, title: str) -> None:
-    rows = layer_rows(shown)
-    if sys.stdout.isatty():
-        rows = fitted(rows, shutil.get_terminal_size().columns)
-    print_table(rows, title=title)
+    # A budget limits the weights and the multiply-accumulates: these go last, or never.
+    hide = ["kind", "wire_bytes", "inputs", "weights"]
+    print_table(layer_rows(shown), title=title, hide=hide)
     if shown.groups:
         print_table(shown.groups)
     memory = dict(shown.memory)
@@ -254,22 +285,3 @@ def layer_rows(shown: Description) -> list[dict[str, Any]]:
 
 def _fraction(kept: int, of: int) -> str:
     return f"{kept}/{of}" if kept != of else str(of or "")
-
-
-def fitted(rows: list[dict[str, Any]], columns: int) -> list[dict[str, Any]]:
-    """The rows without what does not fit a terminal; --json has all of it.
-
-    >>> fitted([{"layer": "conv1", "kind": "conv", "weights": 10_000}], columns=20)
-    [{'layer': 'conv1', 'kind': 'conv'}]
-    """
-    for key in ("weights", "wire_bytes", "kind", "inputs"):
-        if _width(rows) > columns:
-            rows = [{name: cell for name, cell in row.items() if name != key} for row in rows]
-    return rows
-
-
-def _width(rows: list[dict[str, Any]]) -> int:
-    """Characters of a line of a table of numbers and names."""
-    cells = [[f"{c:,}" if isinstance(c, int) else c for c in row.values()] for row in rows]
-    widest = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
-    return sum(widest) + 3 * (len(widest) - 1) + 2  # between columns, and at the edges

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform.signals import terminable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -21,6 +25,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 STATUS_FAILED = 1
 STATUS_BAD_INPUT = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_WIDE = 160  # columns of a file or a pipe, which need not wrap at 80
+_READABLE = 32  # columns at which a text that wraps can still be read
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -77,26 +84,71 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> None:
-    """Rows as a table; numbers are set to the right, with thousands separated."""
+def print_table(
+    rows: Sequence[Mapping[str, Any]], *, title: str | None = None, hide: Sequence[str] = ()
+) -> None:
+    """Rows as a table; numbers are set to the right, with thousands separated.
+
+    Columns of `hide` are left out, in this order, where there is no room for them, and a
+    line says so. A terminal has its width; elsewhere COLUMNS counts, if set.
+    """
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    console = _console()
+    rows, hidden = fitted(rows, console.width, hide)
+    breaks = "\n" if _needed(rows) > console.width else " "
     table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
     first = rows[0] if rows else {}
     for i, (key, value) in enumerate(first.items()):
         is_number = isinstance(value, int | float)
         justify = "right" if is_number else "left"
         # A number or a name that wraps is unreadable; other texts may.
-        table.add_column(key.replace("_", " "), justify=justify, no_wrap=is_number or i == 0)
+        header = key.replace("_", breaks if is_number else " ")
+        table.add_column(header, justify=justify, no_wrap=is_number or i == 0)
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row.values()))
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe need not wrap at 80 columns
-        console = Console(width=160)
     console.print(table)
+    if hidden:
+        typer.echo(f"hidden: {', '.join(hidden)} (a wider terminal, or --json)")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console
+    return Console(width=_WIDE)
+
+
+def fitted(
+    rows: Sequence[Mapping[str, Any]], columns: int, hide: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows without what does not fit so many columns, and the headers left out.
+
+    >>> fitted([{"layer": "conv1", "kind": "conv", "params": 10_000}], 18, ["kind", "params"])
+    ([{'layer': 'conv1', 'params': 10000}], ['kind'])
+    """
+    kept, hidden = [dict(row) for row in rows], []
+    for key in hide:
+        if kept and _needed(kept) > columns:
+            kept = [{name: cell for name, cell in row.items() if name != key} for row in kept]
+            hidden.append(key.replace("_", " "))
+    return kept, hidden
+
+
+def _needed(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The columns at which a table is readable; texts that wrap need no more than some."""
+    if not rows:
+        return 0
+    total = 0
+    for i, (key, first) in enumerate(rows[0].items()):
+        widest = max(len(key), *(len(_cell(row[key])) for row in rows))
+        wraps = i > 0 and not isinstance(first, int | float)
+        total += (min(widest, _READABLE) if wraps else widest) + 3  # and the space between
+    return total
 
 
 def _cell(value: Any) -> str:

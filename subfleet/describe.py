@@ -18,6 +18,8 @@ from subfleet.models import explain
 
 Row = dict[str, Any]
 OTHERS = "(others)"
+ITSELF = "(the module itself)"
+_DEFINED = "kept by the model's definition"
 _RECURRENT = re.compile(r"(?:weight|bias)_(ih|hh)_(l\d+(?:_reverse)?)")
 
 
@@ -127,14 +129,18 @@ def reasons(net: SuperNetwork) -> list[Row]:
     """For each layer its unit groups, or why every sub-network keeps all of its units.
 
     The network's own module is traced again; what tracing would cut and the network does
-    not was kept by whoever defined it.
+    not was kept by whoever defined it, and may have said why.
     """
+    findings = explain(net.module(), net.example())
+    groups_at = {finding.layer: finding.groups for finding in findings}
+    said = {group: why for layer, why in net.fixed.items() for group in groups_at.get(layer, ())}
     rows = []
-    for layer, groups, reason in explain(net.module(), net.example()):
-        own = _own_groups(net, layer)
+    for layer, groups, reason in findings:
+        own = list(_own_groups(net, layer))
         if groups and not own:
-            reason = "kept by the model's definition"
-        rows.append({"layer": layer, "groups": ", ".join(own), "kept because": reason})
+            whys = dict.fromkeys(said.get(group) or _DEFINED for group in groups)
+            reason = "; ".join(whys)
+        rows.append({"layer": layer or ITSELF, "groups": own, "reason": reason})
     return rows
 
 

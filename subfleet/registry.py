@@ -14,8 +14,9 @@ import importlib
 import inspect
 import json
 import sys
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from torch import nn
 
 from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
+from subfleet.config_text import is_plain
 from subfleet.core.algorithm import Algorithm, Setting
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.supernet import SuperNetwork
@@ -37,6 +39,9 @@ Factory = Callable[..., Any]
 # What the platform knows and hands to a factory that has a parameter of that name.
 DATA_GIVEN = frozenset({"seed", "progress"})
 MODEL_GIVEN = frozenset({"input_shape", "num_classes", "vocabulary", "embedding"})
+
+# Of these what an option can say where there are no data, and an example of each.
+_INSTEAD = {"input_shape": "[1, 28, 28]", "num_classes": "10", "vocabulary": "81"}
 
 
 def algorithms() -> Mapping[str, type[Algorithm]]:
@@ -172,7 +177,38 @@ def build_model(table: ModelTable, **runtime: Any) -> Any:
             f"choose one of {', '.join(text)}, or your own: 'module:attribute'"
         )
     model = _build("model", factory, table, runtime)
-    return _traced(model, table.name, runtime) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        return _traced(model, table.name, {**table.options, **runtime})
+    return model
+
+
+def build_model_alone(table: ModelTable) -> Any:
+    """As `build_model` where there are no data: what they would say is among the options.
+
+    Raises:
+        InputError: As `build_model`, or what the data would say is missing.
+    """
+    parameters, options = _parameters(model_factory(table.name)), dict(table.options)
+    for name, example in _INSTEAD.items():
+        if name not in options and name in parameters and _is_needed(parameters[name]):
+            raise InputError(
+                f"model.{name} is missing, which a run takes from its data; give "
+                f"--set '{name}={example}'"
+            )
+    shape = options.get("input_shape")
+    if ":" not in table.name or "input_shape" in parameters or shape is None:
+        return build_model(table)
+    # A plain module is traced for a shape that its own code need not ask for.
+    shape = _converted("model.input_shape", options.pop("input_shape"), tuple[int, ...])
+    model = build_model(ModelTable(name=table.name, **options), input_shape=shape)
+    if tuple(model.input_shape) != shape:
+        raise InputError(f"model.input_shape: not an option of {table.name}; remove the key")
+    return model
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return named and parameter.default is parameter.empty
 
 
 def _traced(module: nn.Module, name: str, runtime: Mapping[str, Any]) -> SuperNetwork:
@@ -183,7 +219,7 @@ def _traced(module: nn.Module, name: str, runtime: Mapping[str, Any]) -> SuperNe
     if shape is None:
         raise InputError(
             f"model.name = {name!r}: it makes a plain module, and there are no data to say what "
-            "that takes; give the module an attribute input_shape, or return "
+            f"that takes; give --set 'input_shape={_INSTEAD['input_shape']}', or return "
             "subfleet.models.supernet(module, example_input)"
         )
     dtype = torch.int64 if runtime.get("vocabulary") else torch.float32
@@ -261,13 +297,27 @@ def check_options(
             hint = did_you_mean(key, known) if known else "it has no options; remove the key"
             raise InputError(f"{table}.{key}: not an option of {name}; {hint}")
     for key in known:
-        if parameters[key].default is inspect.Parameter.empty and key not in options:
-            raise InputError(f"{table}.{key} is missing; {name} needs it")
+        if _is_needed(parameters[key]) and key not in options:
+            handed = (
+                f"; the platform hands over {', '.join(sorted(given))} by name" if given else ""
+            )
+            raise InputError(f"{table}.{key} is missing; {name} needs it{handed}")
     hints = _hints(factory)
     return {
         key: _converted(f"{table}.{key}", value, hints[key]) if key in hints else value
         for key, value in options.items()
     }
+
+
+def examples(factory: Factory) -> dict[str, str]:
+    """Defaults of a factory's options as TOML has them, where it can.
+
+    >>> examples(models()["small_cnn"])["channels"]
+    '[8, 16]'
+    """
+    defaults = {name: p.default for name, p in _parameters(factory).items()}
+    plain = (bool, int, float, str, tuple, list)
+    return {n: json.dumps(v) for n, v in defaults.items() if isinstance(v, plain) and is_plain(v)}
 
 
 def _parameters(factory: Factory) -> Mapping[str, inspect.Parameter]:
@@ -297,8 +347,36 @@ def _converted(key: str, value: Any, annotation: Any) -> Any:
         return adapter.validate_json(json.dumps(value))
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        wanted = getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
-        if typing.get_origin(annotation) is not None or "|" in str(annotation):
-            wanted = str(annotation).replace("typing.", "")
         message = detail["msg"][0].lower() + detail["msg"][1:]
-        raise InputError(f"{key} = {value!r}: {message}; give a value of type {wanted}") from None
+        raise InputError(f"{key} = {value!r}: {message}; give {_in_words(annotation)}") from None
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    type(None): "nothing",
+}
+
+
+def _in_words(annotation: Any) -> str:
+    """What a value of a type looks like in TOML.
+
+    >>> _in_words(tuple[int, ...]), _in_words(tuple[int, int]), _in_words(float | None)
+    ('a list such as [3, 5]', 'a list of 2', 'a number')
+    """
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in parts if part is not type(None))
+    kind = annotation if origin is None else origin
+    if isinstance(kind, type) and issubclass(kind, Sequence) and parts:
+        if kind is tuple and parts[-1] is not ...:
+            return f"a list of {len(parts)}"
+        return "a list" + {int: " such as [3, 5]", float: " such as [0.5, 1.0]"}.get(parts[0], "")
+    name = getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+    return f"a value of type {name}"

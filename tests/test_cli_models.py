@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from subfleet.cli import app
-from subfleet.cli_models import fitted, layer_rows, parse_budget
+from subfleet.cli_models import layer_rows, parse_budget
+from subfleet.cli_support import fitted
 from subfleet.core.budget import width_map
 from subfleet.core.cost import CONVENTIONS
 from subfleet.core.errors import InputError
@@ -124,13 +125,34 @@ def test_layers_fit_a_terminal_of_80_columns(name: str, width: float) -> None:
     from rich.table import Table
 
     net = ZOO[name]()
-    rows = fitted(layer_rows(describe(net, width_map(net, width), batch=2)), 80)
-    assert {"layer", "units", "params", "macs"} <= set(rows[0])
+    hide = ["kind", "wire_bytes", "inputs", "weights"]
+    rows, hidden = fitted(layer_rows(describe(net, width_map(net, width), batch=2)), 80, hide)
+    assert list(rows[0]) == ["layer", "units", "params", "weights", "macs"]
+    assert hidden == ["kind", "wire bytes", "inputs"]
     table = Table(*rows[0], pad_edge=False)
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
     console = Console(width=80)
     assert table.__rich_measure__(console, console.options.update(max_width=200)).maximum <= 80
+
+
+def lines(*arguments: str, columns: int) -> list[str]:
+    result = runner.invoke(app, ["models", *arguments], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_pipes_have_the_columns_that_they_are_told() -> None:
+    narrow = lines("list", columns=80)
+    assert max(map(len, narrow)) <= 80 and len(narrow) < 40
+    assert narrow[-1] == "hidden: what (a wider terminal, or --json)"
+    assert not any("ADDS's" in line for line in narrow)
+    for option in ("bidirectional", "standardise", "transforms", "embedding_size"):
+        assert any(option in line for line in narrow)
+    assert any("ADDS's MobileNet" in line for line in lines("list", columns=150))
+    described = lines("describe", "resnet18", "--width", "0.5", columns=80)
+    assert max(map(len, described)) <= 80
+    assert "hidden: kind, wire bytes, inputs (a wider terminal, or --json)" in described
 
 
 # --- which sub-network ----------------------------------------------------------------------------
@@ -158,6 +180,25 @@ def test_a_budget_gives_the_widest_that_meets_it() -> None:
 )
 def test_budgets_may_have_suffixes(text: str, limits: dict[str, int]) -> None:
     assert parse_budget(text) == limits
+
+
+def test_a_limit_that_stands_there_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="flops stands there twice; give one limit"):
+        parse_budget("flops=30M,flops=20M")
+
+
+def notes(*arguments: str) -> list[str]:
+    stderr = runner.invoke(app, ["models", "describe", *arguments]).stderr
+    return [line for line in stderr.splitlines() if line.startswith("note: ")]
+
+
+def test_what_has_no_effect_is_noted() -> None:
+    flexible = ["mobilenet_v2", "--set", "kernels=[3, 5, 7]", "--set", "width=0.1"]
+    assert notes(*flexible, "--kernel", "5") == []
+    assert notes(*flexible, "--kernel", "2", "--depth", "0.5") == [
+        "note: --depth has no effect: mobilenet_v2 is not elastic in it",
+        "note: --kernel 2 is below the smallest there is; layers have 3 instead",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "flops", "flops=", "flops=M", "flops=-1", "flops=nan", "x=1"])
@@ -205,6 +246,14 @@ def test_memory_by_batch_and_optimizer() -> None:
         (["small_cnn", "--optimizer", "adma"], "unknown optimizer 'adma'; did you mean 'adam'"),
         (["small_cnn", "--batch", "0"], "a batch of 0 samples"),
         (["small_cnn", "--set", "chanels=[1,2]"], "did you mean 'channels'?"),
+        (
+            ["small_cnn", "--set", "channels"],
+            "write e.g. --set 'channels=[8, 16]'; small_cnn has channels, hidden, kernel,",
+        ),
+        (["logreg", "--set", "=3"], "logreg has no keys"),
+        (["small_cnn", "--set", "channels=3"], "give a list such as [3, 5]"),
+        (["mobilenet_v2", "--set", "transforms=true"], "model.kernels = [3] is one size alone"),
+        (["resnet56", "--set", "channels=[64, 32, 16]"], "give sizes that do not decrease"),
         (["no_such_module:net"], "importing 'no_such_module' failed"),
     ],
 )
@@ -239,6 +288,11 @@ def plain():
     return module(5)
 
 
+class Plain(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(*module(num_classes))
+
+
 def sized(*, input_shape: tuple[int, ...], num_classes: int):
     return net(num_classes)
 """
@@ -258,12 +312,39 @@ def test_a_users_own_network_is_described(own: None) -> None:
     assert described("cli_models_own:sized", *given)["layers"] == found["layers"]
 
 
+def test_a_plain_class_is_described_by_name(own: None) -> None:
+    given = ["--set", "input_shape=[3, 8, 8]", "--set", "num_classes=7"]
+    found = described("cli_models_own:Plain", *given)
+    assert found["layers"][-1]["units"] == 7
+    assert [row["group"] for row in found["groups"]] == ["3", "5"]
+    again = described("cli_models_own:plain", "--set", "input_shape=[3, 8, 8]")
+    assert again["groups"] == found["groups"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sized"], "missing, which a run takes from its data; give --set 'input_shape=[1, 28, 28"),
+        (["sized", "--set", "input_shape=[3, 8, 8]"], "give --set 'num_classes=10'"),
+        (["Plain", "--set", "num_classes=7"], "data to say what that takes; give --set 'input_sha"),
+        (["plain", "--set", "input_shape=3"], "model.input_shape = 3"),
+        (["net", "--set", "input_shape=[3, 9, 9]"], "model.input_shape: not an option of"),
+    ],
+)
+def test_what_data_would_say_is_asked_for(arguments: list[str], words: str, own: None) -> None:
+    result = runner.invoke(
+        app, ["models", "explain", f"cli_models_own:{arguments[0]}", *arguments[1:]]
+    )
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
 def test_a_users_own_network_is_explained(own: None) -> None:
     rows = {row["layer"]: row for row in shown("explain", "cli_models_own:net")}
-    assert "a group norm of 2 groups" in rows["0"]["kept because"] and rows["0"]["groups"] == ""
-    assert rows["3"] == {"layer": "3", "groups": "3", "kept because": ""}
-    assert rows["5"]["kept because"] == "kept by the model's definition"
-    assert rows["7"]["kept because"] == "the class scores"
+    assert "a group norm of 2 groups" in rows["0"]["reason"] and rows["0"]["groups"] == []
+    assert rows["3"] == {"layer": "3", "groups": ["3"], "reason": ""}
+    assert rows["5"]["reason"] == "kept by the model's definition"
+    assert rows["7"]["reason"] == "the class scores"
     text = runner.invoke(app, ["models", "explain", "cli_models_own:net"]).stdout
     assert "the class scores" in text
 
@@ -271,10 +352,18 @@ def test_a_users_own_network_is_explained(own: None) -> None:
 @pytest.mark.parametrize("name", ["leaf_cnn", "metagater_b", "resnet56", "char_lstm"])
 def test_explanations_agree_with_the_zoos_groups(name: str) -> None:
     rows = shown("explain", name)
-    assert {group for row in rows for group in row["groups"].split(", ") if group} == set(
-        ZOO[name]().elastic
+    assert {group for row in rows for group in row["groups"]} == set(ZOO[name]().elastic)
+    assert all(row["groups"] or row["reason"] for row in rows)
+
+
+def test_the_zoo_says_why_it_keeps_units() -> None:
+    rows = {row["layer"]: row["reason"] for row in shown("explain", "resnet56")}
+    assert rows["stem.conv"] == rows["layer1.3.second.norm"] == rows["layer3.8.second.conv"]
+    assert rows["stem.conv"].startswith("the stream that blocks add to")
+    rows = {row["layer"]: row["reason"] for row in shown("explain", "mobilenet_v2")}
+    assert (
+        rows["head.conv"] == rows["head.norm"] == "widths leave the head whole, as the paper has it"
     )
-    assert all(row["groups"] or row["kept because"] for row in rows)
 
 
 @pytest.mark.parametrize("command", ["describe", "explain"])

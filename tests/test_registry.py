@@ -72,8 +72,11 @@ def test_good_options_pass(own: dict[str, Any]) -> None:
     [
         ({"rat": 1.0}, "model.rat: not an option of network; did you mean 'rate'?"),
         ({"zzz": 1.0}, "model.zzz: not an option of network; known: cap, norm, rate, widths"),
-        ({"rate": "1"}, "model.rate = '1': input should be a valid number; give a value of type"),
-        ({"widths": ["a"]}, "model.widths = ['a']: input should be a valid integer"),
+        ({"rate": "1"}, "model.rate = '1': input should be a valid number; give a number"),
+        (
+            {"widths": ["a"]},
+            "model.widths = ['a']: input should be a valid integer; give a list such as",
+        ),
         ({"norm": "layer"}, "model.norm = 'layer': input should be 'none' or 'batch'"),
         ({"num_classes": 3}, "model.num_classes follows from the run and cannot be set"),
     ],
@@ -87,6 +90,9 @@ def test_a_wrong_option_is_named(own: dict[str, Any], words: str) -> None:
 def test_a_missing_option_is_named() -> None:
     with pytest.raises(InputError, match=r"data\.num_classes is missing; network needs it"):
         registry.check_options("data", network, {}, frozenset())
+    handed = r"model\.num_classes is missing; network needs it; the platform hands over seed, shape"
+    with pytest.raises(InputError, match=handed):
+        registry.check_options("model", network, {}, frozenset({"shape", "seed"}))
 
 
 def test_a_factory_may_take_any_option() -> None:
