@@ -262,6 +262,10 @@ class RunTable(Table):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="say in which precision networks are run while they train"
     )
+    compile: bool = Field(
+        default=False,
+        description="say whether steps are compiled, in the background, and used once they are",
+    )
     eval_every: int = Field(
         default=5, ge=0, description="set the rounds between evaluations; 0 is only after the last"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.job import Job, RunOptions
-from subfleet.platform.record import Choice, Dtype, Way, variant_name
+from subfleet.platform.record import Choice, Dtype, EngineRecord, Way, variant_name
 from subfleet.platform.resident import Resident
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
@@ -188,9 +188,11 @@ def each(
     seed: int = 0,
     own: list[Params | None] | None = None,
     dtype: Dtype = "float32",
+    compiled: bool = False,
 ) -> list[tuple[Params, float, int]]:
     """Every client of one variant on its own: (what it uploads, mean loss, steps)."""
     (choice,) = choices(tasks, way, width, dtype).values()
+    choice = replace(choice, compiled=compiled)
     ids = np.array([t.client for t in tasks])
     chunk = Chunk(
         net=net,
@@ -265,6 +267,7 @@ def job(algorithm: Algorithm, data: InMemory, **options: Any) -> Job:
     given = algorithm.setting
     # The loop, where a test does not ask otherwise: tracing mapped steps takes seconds.
     options = {"rounds": given.rounds, "cohort": 4, "eval_every": 0, "engine": "loop"} | options
+    record = options.pop("record", EngineRecord())
     return Job(
         work=Work(given.net, algorithm, data.scale, given.seed),
         federation=data,
@@ -272,6 +275,7 @@ def job(algorithm: Algorithm, data: InMemory, **options: Any) -> Job:
         options=RunOptions(**options),
         config={},
         fingerprint="toy",
+        record=record,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import typing
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from subfleet.core.errors import InputError
+from subfleet.core.folders import cache_folder as cache_folder
 from subfleet.datasets.federation import Federation
 from subfleet.datasets.partitioned import Partitioned
 from subfleet.datasets.pool import Pool
@@ -183,12 +183,6 @@ def find_source(
             "files, e.g. --set data.source=/path/to/them"
         )
     return path
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where prepared data are kept: `cache`, else $SUBFLEET_CACHE, else ~/.cache/subfleet."""
-    chosen = cache or os.environ.get("SUBFLEET_CACHE") or Path.home() / ".cache" / "subfleet"
-    return Path(chosen).expanduser().absolute()
 
 
 # --- a factory whose signature says what `[data]` may hold ---------------------------------------

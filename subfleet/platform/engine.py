@@ -94,7 +94,7 @@ class Engine:
 
     def resident(self, map: IndexMap, choice: Choice) -> Resident:
         """The network of a variant, built on first use; the last `RESIDENTS` are kept."""
-        key = (choice.variant, choice.memory_format, choice.dtype)
+        key = (choice.variant, choice.memory_format, choice.dtype, str(choice.compiled))
         if key not in self._residents:
             self._residents[key] = Resident(self.work.net, map, choice)
             if len(self._residents) > RESIDENTS:

@@ -9,6 +9,7 @@ kernels on a CPU wait for memory more than for arithmetic, so these rewrites pay
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +27,12 @@ _VIEWS = (
 )
 _TRANSPOSES = (_aten.t.default, _aten.transpose.int)
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default)
-_OWN = (_aten.convolution.default, _aten.addmm.default, _aten.mm.default, _aten.bmm.default)
+# What makes a tensor of its own; an item is one of those that a max pool makes.
+_OWN = (*_PRODUCTS, _aten.convolution.default, _aten.addmm.default, operator.getitem)
 
 
-def tidy(module: GraphModule) -> None:
-    """Take out what does nothing, move ReLUs behind max pools, let them work in place."""
+def tidy(module: GraphModule, *, in_place: bool = True) -> None:
+    """Take out what does nothing, move ReLUs behind max pools, let ReLUs work in place."""
     graph = module.graph
     for node in list(graph.nodes):
         if _does_nothing(node):
@@ -40,7 +42,7 @@ def tidy(module: GraphModule) -> None:
         _behind_pool(graph, node)
     for node in _calls(graph, _aten.relu.default):
         before = node.args[0]
-        if before.target in _OWN and len(before.users) == 1:
+        if in_place and before.target in _OWN and len(before.users) == 1:
             node.target = _aten.relu_.default
     graph.eliminate_dead_code()
     module.recompile()
@@ -86,7 +88,7 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
     x, pooled = relu.args[0], next(user for user in pool.users if user.args[1] == 0)
     pool.args = (x, *pool.args[1:])
     with graph.inserting_after(pooled):
-        after = graph.call_function(_aten.relu_.default, (pooled,))
+        after = graph.call_function(_aten.relu.default, (pooled,))
     pooled.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     with graph.inserting_before(pool_back):
         back = graph.call_function(_aten.threshold_backward.default, (pool_back.args[0], after, 0))

@@ -20,6 +20,7 @@ class RunOptions:
     cohort: int
     engine: Engine = "auto"
     dtype: Dtype = "float32"
+    compile: bool = False
     eval_every: int = 5
     eval_clients: int = 1000
     checkpoint_every: int = 10

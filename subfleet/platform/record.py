@@ -61,6 +61,11 @@ class Choice:
                     f"engine record: {name}={value!r} for variant {self.variant}; "
                     f"this release knows {', '.join(map(repr, known))}"
                 )
+        if self.compiled and self.way == "loop":
+            raise InputError(
+                f"engine record: compiled=True with way='loop' for variant {self.variant}; "
+                "only traced and vmap steps are compiled"
+            )
         for name in ("side_by_side", "from_round"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -75,7 +80,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "way": ("loop", "traced", "vmap"),
     "memory_format": ("contiguous", "channels_last"),
     "dtype": ("float32", "bfloat16"),
-    "compiled": (False,),
+    "compiled": (False, True),
     "threads": (1,),
 }
 

@@ -28,6 +28,7 @@ class Resident:
     """
 
     def __init__(self, net: SuperNetwork, map: IndexMap, choice: Choice):
+        self.choice = choice
         self.device = torch.device(choice.device)
         self.channels_last = choice.memory_format == "channels_last"
         self.autocasts = choice.dtype == "bfloat16"

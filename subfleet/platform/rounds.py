@@ -77,7 +77,7 @@ class Rounds:
         self.clock = PhaseClock()
         self.kept: KeptStore  # of an algorithm that keeps something, while it runs
         self.warnings: tuple[str, ...] = ()
-        self.tuner = Tuner(self.net, executor, job.options, job.record, folder)
+        self.tuner = Tuner(job, executor, folder)
         self.done = 0
         self.phase_name = ""
         self.state: State = {}
@@ -100,6 +100,7 @@ class Rounds:
             stack.callback(os.close, self.folder.lock())
             metrics = MetricsLog(self.folder.metrics)
             stack.callback(metrics.close)
+            stack.callback(self.tuner.close)
             clients = ClientsLog(self.folder.clients)
             if self.algorithm.keeps:
                 # It empties its folder: only under the lock.
@@ -137,6 +138,8 @@ class Rounds:
         self._settled = True
         while self.done < self.options.rounds and not reached and not late:
             self._heed_stop()
+            for text in self.tuner.settle(self.done + 1):
+                tell(self.observers, text)
             record, rows, coverage = self._round(self.done + 1)
             clients.add(record["round"], rows)
             metrics.append(record)

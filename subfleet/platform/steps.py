@@ -16,6 +16,7 @@ from torch.func import grad_and_value, vmap
 
 from subfleet.core.program import Batch, LossProgram, Noise, Params
 from subfleet.platform import kernels, rule
+from subfleet.platform.compiling import compiled
 from subfleet.platform.resident import Resident
 from subfleet.platform.traces import Flat, traced
 
@@ -60,7 +61,7 @@ class Stepper:
 
         `active`, bool [K], says which clients still have this step; None for all.
         """
-        shapes = tuple(leaf.shape for leaf in batch)
+        shapes = tuple((leaf.shape, leaf.stride()) for leaf in batch)
         leaves = [*self._fixed, key, *batch]
         factors = self.fuses and active is None
         flat = self.net.traces.get(
@@ -112,8 +113,13 @@ class Stepper:
             kernels.add_(self.weights, self.velocity, alpha=-local.lr)
 
     def _traced(self, leaves: list[Any], factors: bool) -> Flat:
-        count = len(self.weights) if factors else 0
-        return traced(self._gradient, leaves, count)
+        """The step's gradient; compiled where that was chosen and the batch is a whole one."""
+        choice, count = self.net.choice, len(self.weights) if factors else 0
+        whole = len(leaves) == len(self._fixed) + 3  # key, x and y, and no weights of rows
+        full = not self.clients or len(leaves[-1]) == choice.side_by_side
+        compiles = choice.compiled and factors and whole and full
+        flat = traced(self._gradient, leaves, count, in_place=not compiles)
+        return compiled(flat, leaves) if compiles else flat
 
     def _gradient(self, *leaves: Any) -> Sequence[Tensor]:
         """The gradient at each weight, and the loss, from all leaves of a step."""

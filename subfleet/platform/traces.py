@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
@@ -28,6 +29,7 @@ class Flat(NamedTuple):
 
     run: Callable[..., Sequence[Any]]
     products: Sequence[bool]  # see `subfleet.platform.graphs.factored`
+    module: GraphModule
 
 
 class Traces:
@@ -45,8 +47,14 @@ class Traces:
         return found
 
 
-def traced(function: Callable[..., Sequence[Any]], arguments: Sequence[Any], factors: int) -> Flat:
-    """A pure function of tensors as a flat list of kernels.
+def traced(
+    function: Callable[..., Sequence[Any]],
+    arguments: Sequence[Any],
+    factors: int,
+    *,
+    in_place: bool,
+) -> Flat:
+    """A pure function of tensors as a flat list of kernels, some of which work `in_place`.
 
     The first `factors` leaves that it gives may come as two factors each.
     """
@@ -64,5 +72,6 @@ def traced(function: Callable[..., Sequence[Any]], arguments: Sequence[Any], fac
             f'the clients\' loss cannot be traced ({error}); set run.engine = "loop"'
         ) from error
     module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
-    graphs.tidy(module)
-    return Flat(products=graphs.factored(module, factors), run=module.forward)
+    graphs.tidy(module, in_place=in_place)
+    products = graphs.factored(module, factors)
+    return Flat(module.forward, products, module)

@@ -2,8 +2,9 @@
 
 Before a variant is first sent out, a host tries a few ways on some of its clients; what
 they return is thrown away. The fastest goes into the record, and into a file, so that the
-next run on such a machine need not try again. Out of memory halves the clients side by
-side, from the round on that is run again.
+next run on such a machine need not try again. Compiled steps are tried by a process
+beside the run, and take over at a round's boundary. Out of memory halves the clients side
+by side, from the round on that is run again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,14 +24,14 @@ import torch
 
 from subfleet.core.algorithm import Phase, RoundPlan
 from subfleet.core.errors import InputError, RunFailed
+from subfleet.core.folders import cache_folder
 from subfleet.core.program import ClientProgram, ClientTask, LossProgram
-from subfleet.core.supernet import SuperNetwork
-from subfleet.datasets.published import cache_folder
+from subfleet.platform.aside import Aside
 from subfleet.platform.bundles import Trial
 from subfleet.platform.executor import Executor
 from subfleet.platform.files import json_bytes, write_atomic
-from subfleet.platform.job import RunOptions
-from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
+from subfleet.platform.job import Job
+from subfleet.platform.record import Choice, candidates, possible, variant_name
 from subfleet.platform.runfolder import RunFolder
 
 MOST_TRIED = 3  # variants; the others go by the one nearest in arithmetic
@@ -39,16 +41,11 @@ CLEARLY = 0.95  # of the time of what would be taken untried, or it is not worth
 class Tuner:
     """The engine record of a run, and how it grows in the run's folder."""
 
-    def __init__(
-        self,
-        net: SuperNetwork,
-        executor: Executor,
-        options: RunOptions,
-        record: EngineRecord,
-        folder: RunFolder,
-    ):
-        self.net, self.executor, self.options = net, executor, options
-        self.record, self._folder = record, folder
+    def __init__(self, job: Job, executor: Executor, folder: RunFolder):
+        self.net, self.executor, self.options = job.work.net, executor, job.options
+        self.record, self._folder = job.record, folder
+        self._aside = Aside(job.work, job.federation, executor.device)
+        self._compiling: dict[str, Future[list[float]]] = {}
         self._files = cache_folder() / "trials"
 
     def choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
@@ -68,7 +65,53 @@ class Tuner:
         new = [name for name, choice in held.items() if choice is None]
         if new:
             self._extend(self._chosen({name: tasks[name] for name in new}, phase, plan, round))
+            self._compile(new, tasks, plan, round)
         return {name: self._at(name, round) for name in held}
+
+    def close(self) -> None:
+        """Ends the process beside, if there is one."""
+        self._aside.close()
+
+    # -- compiled steps
+
+    def _compile(
+        self,
+        names: Sequence[str],
+        tasks: Mapping[str, list[ClientTask]],
+        plan: RoundPlan,
+        round: int,
+    ) -> None:
+        """Begins to compile variants that are new, beside the run; so many at most."""
+        if not self.options.compile:
+            return
+        for name in names[: MOST_TRIED - len(self._compiling)]:
+            choice = self._at(name, round)
+            if choice.way != "loop" and not choice.compiled:
+                some = tuple(tasks[name][: max(2, choice.side_by_side)])
+                trial = Trial(0, round, some, (choice, replace(choice, compiled=True)))
+                self._compiling[name] = self._aside.start(trial, plan.shared)
+
+    def settle(self, round: int) -> list[str]:
+        """Between two rounds: what was compiled meanwhile holds from `round` on, if it pays.
+
+        What there is to say about steps that do not.
+        """
+        told = []
+        for name in [name for name, trial in self._compiling.items() if trial.done()]:
+            trial, choice = self._compiling.pop(name), self._at(name, round)
+            if (error := trial.exception()) is not None:
+                told.append(f"engine: {name} is not compiled: {error}")
+                continue
+            before, after = trial.result()
+            if after > CLEARLY * before:
+                told.append(
+                    f"engine: {name} stays as it is: {1e3 * after:.3g} ms a client's step "
+                    f"compiled, {1e3 * before:.3g} not"
+                )
+                continue
+            why = f"{1e3 * after:.3g} ms a client's step beside the run; {1e3 * before:.3g} before"
+            self._extend([replace(choice, compiled=True, from_round=round, reason=why)])
+        return told
 
     def narrow(self, variant: str, round: int) -> None:
         """After a device ran out of memory: half as many clients side by side from now on."""
