@@ -59,6 +59,16 @@ def test_warnings_come_first_and_whole(terminal):
     assert text.startswith("warning: a checkpoint [3] is damaged\nwarning: and more\n")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_notes_are_whole_lines(terminal):
+    out = console(terminal, width=20)
+    progress = ConsoleProgress(4, out)
+    progress.on_start({"rounds": 4})
+    progress.on_note("engine: [8] traced, 9.1 ms a client's step")
+    progress.close()
+    assert "engine: [8] traced, 9.1 ms a client's step\n" in out.file.getvalue()
+
+
 def test_without_a_console_warnings_are_logged(caplog):
     play(LoggedWarnings(), 2)
     assert caplog.text == ""
