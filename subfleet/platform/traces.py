@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
-from subfleet.core.errors import RunFailed
+from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform import graphs
 from subfleet.platform.memory import ran_out
 
@@ -66,10 +66,11 @@ def traced(
         with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
             module = make_fx(function)(*copies)
     except Exception as error:  # whatever the author's loss raises under tracing
-        if ran_out(error):
+        if isinstance(error, InputError | RunFailed) or ran_out(error):
             raise
+        what = f"{type(error).__name__}: {error}"
         raise RunFailed(
-            f'the clients\' loss cannot be traced ({error}); set run.engine = "loop"'
+            f'the clients\' loss cannot be traced ({what}); set run.engine = "loop"'
         ) from error
     module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
     graphs.tidy(module, in_place=in_place)

@@ -93,7 +93,7 @@ def test_events_wait_only_for_who_follows(
     coordinator = start_coordinator(job, folder, hosts, "cpu", [], followed)
     ray.get(coordinator.run.remote())
     kinds = [kind for kind, _ in ray.get(coordinator.events.remote())]
-    assert kinds == (["start", "round", "end"] if followed else [])
+    assert kinds == (["start", "note", "note", "round", "end"] if followed else [])
     for actor in (coordinator, *hosts):
         ray.kill(actor)
 
@@ -256,7 +256,7 @@ def test_the_users_own_algorithm_runs_on_hosts(mixed_fleet: Experiment, tmp_path
         ("RefusesOnHost", 2, "error: key=2 is out of bounds; give 0"),
         ("FailsOnHost", 1, "run failed: the loss gave up; restart it"),
         ("BreaksOnCoordinator", 1, "run failed: the coordinator failed: KeyError: 'nothing'"),
-        ("CrashesOnHost", 1, "failed on a host: KeyError: 'nothing'; run with --local --debug"),
+        ("CrashesOnHost", 1, "loss cannot be traced (KeyError: 'nothing'); set run.engine"),
         ("DiesOnCoordinator", 1, "run failed: the coordinator's process died"),
         ("DiesOnHost", 1, "was lost with its host 5 times"),
     ],
