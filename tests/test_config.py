@@ -91,12 +91,25 @@ REFUSALS = [
     ({"train": {"epochs": 0}}, "train.epochs = 0: must be at least 1"),
     ({"train": {"clip_norm": 0.0}}, "train.clip_norm = 0.0: must be greater than 0"),
     ({"train": {"optimizer": "adam"}}, "train.optimizer = 'adam': must be 'sgd'"),
+    ({"train": {"warmup": -1}}, "train.warmup = -1: must be at least 0"),
+    ({"train": {"schedule": "poly"}}, "'constant', 'cosine', 'step' or 'exponential'"),
+    ({"train": {"schedule": "step"}}, "schedule = 'step' needs milestones; set it"),
+    ({"train": {"schedule": "exponential"}}, "schedule = 'exponential' needs decay; set it"),
+    ({"train": {"decay": 0.5}}, "schedule = 'constant' has no use for it; set schedule to 'step'"),
+    (
+        {"train": {"schedule": "step", "milestones": [9, 5], "decay": 0.1}},
+        "milestones = [9, 5] do not rise; list each round once, in order",
+    ),
+    (
+        {"train": {"schedule": "step", "milestones": [0], "decay": 0.1}},
+        "train.milestones[0] = 0: must be at least 1",
+    ),
     ({"train": {"epochs": 1, "steps": 2}}, "epochs = 1 and steps = 2 are both set; remove one"),
     ({"run": {"seed": -1}}, "run.seed = -1: must be at least 0"),
     ({"run": {"rounds": 0}}, "run.rounds = 0: must be at least 1"),
     ({"run": {"cohort": 1.5}}, "run.cohort = 1.5: must be a whole number"),
     ({"run": {"device": "gpu"}}, "run.device = 'gpu': must be 'auto', 'cpu' or 'cuda'"),
-    ({"run": {"engine": "jit"}}, "run.engine = 'jit': must be 'auto', 'loop' or 'vmap'"),
+    ({"run": {"engine": "jit"}}, "run.engine = 'jit': must be 'auto', 'loop', 'traced' or 'vmap'"),
     ({"run": {"eval_every": -1}}, "run.eval_every = -1: must be at least 0"),
     ({"run": {"keep_checkpoints": 0}}, "run.keep_checkpoints = 0: must be at least 1"),
     ({"run": {"target_accuracy": 74}}, "run.target_accuracy = 74: must be at most 1"),
@@ -285,6 +298,16 @@ def test_the_fingerprint_changes_with_what_decides_the_result(key: str, value: o
     assert (after.fingerprint() == before.fingerprint()) == same
     same_rounds = same or key in WHEN_TO_STOP
     assert (after.fingerprint(stops=False) == before.fingerprint(stops=False)) == same_rounds
+
+
+def test_rounds_count_where_every_rate_depends_on_them() -> None:
+    step = {"schedule": "step", "milestones": [2, 4], "decay": 0.5}
+    for train, same in (({"schedule": "cosine"}, False), (step, True)):
+        short, long = (
+            Experiment(data=DATA, train=train, run={"rounds": rounds}) for rounds in (7, 8)
+        )
+        assert (short.fingerprint(stops=False) == long.fingerprint(stops=False)) == same
+        assert Experiment.from_toml(short.to_toml()) == short
 
 
 def test_a_default_spelled_out_changes_nothing() -> None:
