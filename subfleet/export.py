@@ -8,6 +8,7 @@ README.md           the card, for people
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.scaling import Scaling
+from subfleet.datasets.meaning import TOKENS
 from subfleet.export_card import Input, card, card_bytes, readme
 from subfleet.fitted import Fitted, Target, example_rows, fitted
 from subfleet.platform.files import disk_guard
@@ -31,6 +33,7 @@ from subfleet.trained import TrainedRun, stored_dtype
 
 WEIGHTS, PROGRAM, CARD, README = "model.safetensors", "model.pt2", "model.json", "README.md"
 FILES = (WEIGHTS, PROGRAM, CARD, README)
+_SCRATCH = ".writing-"  # folders that an export which was ended leaves behind
 _TOLERANCE = 1e-5  # of the largest score; equal on one machine, kernels differ between them
 
 
@@ -75,10 +78,11 @@ def export(
         client: A client's number: its tier's sub-network, with what the client keeps for itself.
         width: In (0, 1]: the first units of each layer, so large a share of them.
         out: The folder to write; by default `export/<tier, client or width>` in the run's.
-        force: Replace the files of an earlier export.
+        force: Replace the files of an earlier export; other files are never touched.
 
     Raises:
-        InputError: No such run, tier or client; no weights yet; or `out` is not empty.
+        InputError: No such run, tier or client; no weights yet; or `out` is not empty, or
+            holds files that are no export.
         RunFailed: The program that was written does not compute what the network does.
     """
     target = Target.of(tier, client, width)
@@ -127,19 +131,38 @@ def _checked_out(
     where = (Path(out) if out is not None else default).absolute()
     if where.exists() and not where.is_dir():
         raise InputError(f"--out {where}: is a file; give a folder that is absent or empty")
-    if where.is_dir() and any(where.iterdir()) and not force:
+    if where.is_dir() and any(where.iterdir()):
+        _check_replaceable(where, force)
+    return where
+
+
+def _check_replaceable(where: Path, force: bool) -> None:
+    """Raise `InputError` unless an earlier export, and nothing else, is to be replaced."""
+    others = sorted({path.name for path in where.iterdir()} - {*FILES})
+    others = [name for name in others if not name.startswith(_SCRATCH)]
+    if others or not _is_card(where / CARD):
+        what = f"holds files that are no export ({', '.join(others[:3]) or README})"
+        raise InputError(f"{where}: {what}; give another --out")
+    if not force:
         raise InputError(
             f"{where}: is not empty; --force replaces an earlier export there, --out DIR writes "
             "elsewhere"
         )
-    return where
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "format" in content
 
 
 def _beside(where: Path) -> Path:
     """A scratch folder on the same disk, so that files appear whole."""
     try:
         where.mkdir(parents=True, exist_ok=True)
-        return Path(mkdtemp(prefix=".writing-", dir=where))
+        return Path(mkdtemp(prefix=_SCRATCH, dir=where))
     except OSError as error:
         raise InputError(
             f"--out {where}: cannot be written ({error.strerror}); choose another --out"
@@ -164,7 +187,10 @@ def _input(run: TrainedRun) -> Input:
         dtype = torch.uint8 if stored == torch.uint8 else torch.float32
         return Input(shape, dtype, run.job.work.scale)
     vocabulary = getattr(run.job.federation, "vocabulary", 0)
-    return Input(shape, torch.int64, Scaling(), tokens=True, vocabulary=vocabulary)
+    numbering = TOKENS.get(run.experiment.data.name, "")
+    return Input(
+        shape, torch.int64, Scaling(), tokens=True, vocabulary=vocabulary, numbering=numbering
+    )
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from subfleet.core.cost import CONVENTIONS
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
+from subfleet.datasets.meaning import LABELS
 from subfleet.fitted import Fitted, Target
 from subfleet.platform.files import to_jsonable
 from subfleet.platform.metrics import params_sha256
@@ -29,13 +30,17 @@ _WHERE = ("source", "cache")  # places on the disk of who trained it
 
 @dataclass(frozen=True)
 class Input:
-    """What the program takes: rows of a shape and type; `scale` is None where it is not known."""
+    """What the program takes: rows of a shape and type; `scale` is None where it is not known.
+
+    `numbering` says what the tokens are, if that is known.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale: Scaling | None
     tokens: bool = False
     vocabulary: int = 0
+    numbering: str = ""
 
     @property
     def type_name(self) -> str:
@@ -47,7 +52,8 @@ class Input:
         """What a value is, in words."""
         if self.tokens:
             bound = f", 0 to {self.vocabulary - 1}" if self.vocabulary else ""
-            return f"tokens as the data set numbers them{bound}"
+            how = f": {self.numbering}" if self.numbering else "; of what, is not known here"
+            return f"tokens as the data set numbers them{bound}{how}"
         if self.scale is None:
             return "values scaled as the run's data set scales them; by what is not known here"
         kind = "pixels, 0 to 255," if self.dtype == torch.uint8 else "numbers"
@@ -74,6 +80,7 @@ def card(
             "data": experiment.data.name,
             "data_options": {k: v for k, v in experiment.data.options.items() if k not in _WHERE},
             "num_classes": run.net.num_classes,
+            "labels": _labels(run),
             "input": _input(takes),
             "output": {"shape": ["batch", run.net.num_classes], "values": "class scores (logits)"},
         },
@@ -115,6 +122,12 @@ def _width(run: TrainedRun, map: IndexMap) -> dict[str, int]:
     return {"units": kept, "units_of": space.num_units}
 
 
+def _labels(run: TrainedRun) -> list[str] | None:
+    """What each class stands for, where the data set is one whose labels are known."""
+    labels = LABELS.get(run.experiment.data.name, ())
+    return list(labels) if len(labels) == run.net.num_classes else None
+
+
 def _input(takes: Input) -> dict[str, Any]:
     described: dict[str, Any] = {
         "shape": ["batch", *takes.shape],
@@ -139,6 +152,7 @@ def _cost(net: SuperNetwork, map: IndexMap, tensors: Mapping[str, Tensor]) -> di
         "statistics": net.space.slice_numel(map) - net.stored_params(map, "local"),
         "constants": sum(tensor.numel() for tensor in constants),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "not_counted": list(net.uncounted),
         **{name if name == "macs" else f"macs_{name}": value for name, value in macs.items()},
     }
 
@@ -176,6 +190,7 @@ def readme(said: Mapping[str, Any]) -> str:
         what=_what(said),
         snippet=snippet(said),
         classes=task["num_classes"],
+        labels=_labels_line(task["labels"]),
         data=task["data"],
         input_line=_input_line(task["input"]),
         batch_line=_batch_line(said),
@@ -201,7 +216,8 @@ def snippet(said: Mapping[str, Any]) -> str:
         "import torch\n"
         'net = torch.export.load("model.pt2").module()\n'
         f"x = torch.zeros({shape}, dtype=torch.{takes['dtype']})\n"
-        "scores = net(x)\n"
+        "with torch.no_grad():\n"
+        "    scores = net(x)\n"
         "print(scores.argmax(dim=1))"
     )
 
@@ -234,6 +250,14 @@ def _input_line(takes: Mapping[str, Any]) -> str:
     )
 
 
+def _labels_line(labels: Sequence[str] | None) -> str:
+    if labels is None:
+        return "what the labels stand for is not known here; they are the data set's own"
+    if all(len(label) == 1 for label in labels):
+        return f"class i is character i of `{json.dumps(''.join(labels))}`"
+    return ", ".join(f"{i} is {label}" for i, label in enumerate(labels))
+
+
 def _batch_line(said: Mapping[str, Any]) -> str:
     batch = said["program"]["batch"]
     return "a batch of any size" if batch == "any" else f"a batch of {batch}"
@@ -257,7 +281,7 @@ def _accuracy_lines(accuracy: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost_lines(cost: Mapping[str, int]) -> str:
+def _cost_lines(cost: Mapping[str, Any]) -> str:
     rows = [
         ("parameters", cost["params"]),
         ("of these weights, without biases and norms", cost["weights"]),
@@ -269,7 +293,10 @@ def _cost_lines(cost: Mapping[str, int]) -> str:
         ("the same as DWNP counts", cost["macs_dwnp"]),
         ("the same with norms", cost["macs_profiler"]),
     ]
-    return "\n".join(f"| {name} | {value:,} |" for name, value in rows)
+    lines = [f"| {name} | {value:,} |" for name, value in rows]
+    if left_out := cost["not_counted"]:
+        lines += ["", f"Multiply-accumulates do not count {', '.join(left_out)}."]
+    return "\n".join(lines)
 
 
 _README = """\
@@ -284,6 +311,9 @@ PyTorch is all that it needs.
 
 * **Input**: {input_line}.
 * **Output**: class scores, `float32` of shape [batch, {classes}], for {batch_line}.
+* **Classes**: {labels}.
+
+The program is in evaluation mode as it is: `eval()` is neither needed nor possible.
 
 ## Accuracy
 

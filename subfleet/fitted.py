@@ -113,7 +113,9 @@ def _map(run: TrainedRun, target: Target) -> tuple[str | None, IndexMap]:
     if target.kind == "client":
         client, clients = int(target.value), run.job.fleet.num_clients
         if not 0 <= client < clients:
-            raise InputError(f"--client {client}: the run's clients are 0 to {clients - 1}")
+            raise InputError(
+                f"--client {client}: the run's clients are 0 to {clients - 1}; give one of these"
+            )
         tier = tiers[int(run.job.fleet.tier_of[client])]
     else:
         tier = str(target.value)

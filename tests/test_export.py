@@ -28,7 +28,7 @@ from subfleet.config import Experiment
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.core.units import IndexMap
 from subfleet.export import Exported, export, exported_program
-from subfleet.export_card import Input
+from subfleet.export_card import Input, readme
 from subfleet.launch import launch
 from subfleet.platform.kept import KeptStore
 from subfleet.trained import TrainedRun
@@ -127,6 +127,7 @@ for name, x in rows.items():
     exec(code, told)
     assert told["scores"].shape == (1, told["net"](x).shape[1]), name
     scores[name] = told["net"](x).detach()
+    assert not told["scores"].requires_grad, name
     assert torch.equal(told["net"](x[:1]).detach(), scores[name][:1].detach()) or torch.allclose(
         told["net"](x[:1]), scores[name][:1], atol=1e-5), name
     os.chdir(here)
@@ -248,6 +249,25 @@ def test_the_card_says_what_it_is(cases: dict[str, Case]) -> None:
     assert accuracy["run"] == {"accuracy": case.run.summary["acc_tier"]["low"], "round": 4}
 
 
+def test_the_card_says_what_classes_and_tokens_are(cases: dict[str, Case]) -> None:
+    texts = {name: (case.done.path / "README.md").read_text() for name, case in cases.items()}
+    assert 'class i is character i of `"0123456789ABC' in texts["cnn"]
+    assert cases["cnn"].done.card["task"]["labels"][36] == "a"
+    assert "0 is negative, 1 is positive" in texts["sent"]
+    task = cases["char"].done.card["task"]
+    assert len(task["labels"]) == 80 and "80 any other character" in task["input"]["values"]
+    assert r'token i is character i of "\n !\"&' in texts["char"]
+    assert all("`eval()` is neither needed nor possible" in text for text in texts.values())
+
+
+def test_the_card_says_what_is_not_counted(cases: dict[str, Case]) -> None:
+    card = cases["own"].done.card
+    assert card["cost"]["not_counted"] == []
+    assert "do not count" not in readme(card)
+    cost = card["cost"] | {"not_counted": ["attention (matmul)"]}
+    assert "Multiply-accumulates do not count attention (matmul)." in readme(card | {"cost": cost})
+
+
 def test_skipped_blocks_and_small_kernels_are_told(cases: dict[str, Case]) -> None:
     card, weights = cases["own"].done.card, cases["own"].weights
     assert card["units"]["second.block"] == {"of": 1, "kept": []}
@@ -256,11 +276,11 @@ def test_skipped_blocks_and_small_kernels_are_told(cases: dict[str, Case]) -> No
     assert not [name for name in weights if name.startswith("second.")]
 
 
-def test_the_readme_has_five_lines_of_plain_torch(cases: dict[str, Case]) -> None:
+def test_the_readme_has_six_lines_of_plain_torch(cases: dict[str, Case]) -> None:
     for case in cases.values():
         text = (case.done.path / "README.md").read_text()
         (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        assert len(code.splitlines()) == 5
+        assert len(code.splitlines()) == 6 and "torch.no_grad()" in code
         assert "{" not in text and "None" not in text
 
 
@@ -369,6 +389,8 @@ def test_data_that_are_gone_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert accuracy["measured"] is None and "own_letters" in accuracy["why_not"]
     assert accuracy["run"] == there.card["accuracy"]["run"]
     assert done.card["task"]["input"]["scaling"] is None
+    assert done.card["task"]["labels"] is None
+    assert "what the labels stand for is not known" in (done.path / "README.md").read_text()
     assert len(done.warnings) == 2 and "scaled" in done.warnings[1]
     assert export(run.path, client=3).card["subnetwork"]["client"] == 3
 
@@ -431,7 +453,7 @@ def test_a_network_bound_to_its_batch_takes_rows_one_by_one() -> None:
     ("options", "said"),
     [
         ({"tier": "lwo"}, "--tier lwo: the run has no such tier; did you mean 'low'"),
-        ({"client": 20}, "--client 20: the run's clients are 0 to 19"),
+        ({"client": 20}, "--client 20: the run's clients are 0 to 19; give one of these"),
         ({"client": -1}, "--client -1"),
         ({"width": 1.5}, "--width: width 1.5 is out of range"),
         ({}, "none given; give one of"),
@@ -491,20 +513,34 @@ def test_a_folder_that_cannot_be_exported_is_refused(
 
 
 def test_an_earlier_export_stays_unless_forced(cases: dict[str, Case], tmp_path: Path) -> None:
-    run = cases["cnn"].run.path
+    run, out = cases["cnn"].run.path, tmp_path / "out"
+    export(run, tier="low", out=out)
     with pytest.raises(InputError, match="is not empty; --force replaces"):
-        export(run, tier="low")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
+        export(run, tier="high", out=out)
+    (out / ".writing-ended").mkdir()  # as of an export that was killed
     done = export(run, tier="high", out=out, force=True)
-    assert (out / "notes.txt").read_text() == "mine"
-    assert {p.name for p in out.iterdir()} == {*done.card["files"], *PLAIN, "notes.txt"}
+    assert json.loads((out / "model.json").read_text()) == done.card
+    assert done.card["subnetwork"]["tier"] == "high"
     with pytest.raises(InputError, match="is a file; give a folder"):
-        export(run, tier="low", out=out / "notes.txt")
+        export(run, tier="low", out=out / "model.json")
 
 
-PLAIN = ("model.json", "README.md")
+def test_what_is_no_export_is_never_replaced(cases: dict[str, Case], tmp_path: Path) -> None:
+    run, out = cases["cnn"].run.path, tmp_path / "project"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    for change in (lambda: None, lambda: (out / "model.json").write_text('{"mine": 1}')):
+        change()
+        for force in (False, True):
+            with pytest.raises(InputError, match=r"no export \(README.md\); give another --out"):
+                export(run, tier="high", out=out, force=force)
+        assert (out / "README.md").read_text() == "mine"
+    export(run, tier="low", out=tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no export \(notes.txt\); give another --out"):
+        export(run, tier="high", out=tmp_path / "out", force=True)
+    with pytest.raises(InputError, match=r"no export \(checkpoints, clients, config.toml\)"):
+        export(run, tier="high", out=run, force=True)
 
 
 def test_the_command_prints_a_table_or_the_card(cases: dict[str, Case], tmp_path: Path) -> None:
