@@ -285,7 +285,9 @@ class _Traced:
             statistics=frozenset(shapes) - trained,
             input_dtype=self.dtype,
             fixed=self.fixed,
-            uncounted=tuple(f"{at} ({what})" for at, what in self.found.uncounted.items()),
+            uncounted=tuple(
+                f"{at or 'the module itself'} ({what})" for at, what in self.found.uncounted.items()
+            ),
         )
 
     def _layers(self, names: Mapping[int, str]) -> Iterable[Layer]:
