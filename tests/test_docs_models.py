@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         yield folder
-    sys.modules.pop("my_net", None)
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
 
 
 def test_the_page_promises_thirty_lines() -> None:
