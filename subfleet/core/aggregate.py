@@ -252,9 +252,10 @@ def _add_to_part(part: Part, tensors: Mapping[str, Tensor], weight: float) -> No
 def _add_wide(total: Tensor, tensor: Tensor, weight: float) -> None:
     """Total += weight * tensor in float64, by stretches that stay in the cache.
 
-    Widened as a whole, a large tensor would be written to memory and read again.
+    Widened as a whole, a large tensor would be written to memory and read again. A small
+    one is a stretch of its own, for which cutting would cost more than adding.
     """
-    if not (total.is_contiguous() and tensor.is_contiguous()):
+    if tensor.numel() <= _CACHED or not (total.is_contiguous() and tensor.is_contiguous()):
         total.add_(tensor, alpha=weight)
         return
     stretches = zip(total.view(-1).split(_CACHED), tensor.view(-1).split(_CACHED), strict=True)
