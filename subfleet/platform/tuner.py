@@ -124,7 +124,10 @@ class Tuner:
             )
         half = choice.side_by_side // 2
         why = f"out of memory with {choice.side_by_side} side by side"
-        self._extend([replace(choice, side_by_side=half, from_round=round, reason=why)])
+        # Steps compiled for the old width, or just being compiled, are of no use any more.
+        self._compiling.pop(variant, None)
+        less = replace(choice, side_by_side=half, compiled=False, from_round=round, reason=why)
+        self._extend([less])
 
     def _at(self, variant: str, round: int) -> Choice:
         choice = self.record.at(variant, self.executor.device, round)
