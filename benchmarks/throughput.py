@@ -48,7 +48,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--workload", action="append", choices=WORKLOADS, help="repeatable; all by default")
     add("--repeats", type=int, default=5, help="pairs of each figure")
     add("--kinds", default="engine,end-to-end,peers", help="of these, with commas between")
-    add("--engine", choices=("auto", "loop", "vmap"), default="auto")
+    add("--engine", choices=("auto", "loop", "traced", "vmap"), default="auto")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--compiled", action="store_true", help="compile the engine's steps")
     add("--engine-record", help="an engine.json whose choices to use instead")

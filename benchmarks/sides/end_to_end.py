@@ -37,7 +37,7 @@ class Measured:
 
 def tables(workload: Workload, store: Path, how: How, rounds: int, stream: bool) -> dict[str, Any]:
     """The experiment; options of the engine stand in it only where they are not the default."""
-    options = {"engine": how.engine, "dtype": how.dtype, "compiled": how.compiled}
+    options = {"engine": how.engine, "dtype": how.dtype, "compile": how.compiled}
     defaults = vars(How())
     return {
         "data": {"name": "sides.store:opened", "source": str(store)},
