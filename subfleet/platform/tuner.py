@@ -216,7 +216,8 @@ def _told(program: ClientProgram) -> str:
     if isinstance(program, LossProgram):
         function = program.loss
         name = f"{function.__module__}.{getattr(function, '__qualname__', type(function))}"
-        return f"{name} {program.rule} {program.stream}"
+        rule = replace(program.rule, lr=1.0, schedule=None)  # no step takes longer for these
+        return f"{name} {rule} {program.stream}"
     return f"{type(program).__name__} {getattr(program, 'streams', '')}"
 
 
