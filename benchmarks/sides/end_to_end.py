@@ -37,8 +37,8 @@ class Measured:
 
 def tables(workload: Workload, store: Path, how: How, rounds: int, stream: bool) -> dict[str, Any]:
     """The experiment; options of the engine stand in it only where they are not the default."""
-    options = {"engine": how.engine, "dtype": how.dtype, "compile": how.compiled}
-    defaults = vars(How())
+    options = _options(how)
+    defaults = _options(How())
     return {
         "data": {"name": "sides.store:opened", "source": str(store)},
         "model": {"name": workload.model},
@@ -55,6 +55,10 @@ def tables(workload: Workload, store: Path, how: How, rounds: int, stream: bool)
             **{key: value for key, value in options.items() if value != defaults[key]},
         },
     }
+
+
+def _options(how: How) -> dict[str, Any]:
+    return {"engine": how.engine, "dtype": how.dtype, "compile": how.compiled}
 
 
 def run(workload: Workload, store: Path, how: How, stream: bool) -> Measured:

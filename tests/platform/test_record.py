@@ -41,7 +41,6 @@ def test_a_choice_that_begins_later_does_not_hold_yet():
         {"device": "tpu"},
         {"memory_format": "weird"},
         {"dtype": "float16"},
-        {"compiled": True},
         {"compiled": 0},
         {"threads": 2},
         {"side_by_side": 0},
