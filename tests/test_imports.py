@@ -31,7 +31,18 @@ RAY_IS_USED_IN = {
 # What runs on a device: it knows neither Ray nor where data come from.
 ENGINE = {
     *("engine", "loop", "mapped", "evaluation", "chunks", "resident", "feed"),
-    *("traces", "kernels", "rule", "batches", "bundles", "record", "steps", "graphs", "memory", "compiling"),
+    *(
+        "traces",
+        "kernels",
+        "rule",
+        "batches",
+        "bundles",
+        "record",
+        "steps",
+        "graphs",
+        "memory",
+        "compiling",
+    ),
     "layers",
 }
 

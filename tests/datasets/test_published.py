@@ -86,7 +86,7 @@ def test_options_are_checked_by_name_and_type() -> None:
         InputError, match=r"data\.sise: not an option of celeba; did you mean 'size'"
     ):
         build(sise=64)
-    with pytest.raises(InputError, match=r"data\.size = 'big'.* give a value of type int"):
+    with pytest.raises(InputError, match=r"data\.size = 'big'.* give a whole number"):
         build(size="big")
     with pytest.raises(InputError, match=r"data\.skip_bad = 'no'"):
         build(skip_bad="no")
