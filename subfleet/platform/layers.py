@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from subfleet.core.program import Batch, Loss, Noise, Params
 from subfleet.core.supernet import DRAWS
 
+SMALL = 1 << 20  # weights of a linear layer
 FIRST_SALT = 1 << 20  # of the layers' draws; a loss takes small ones for its own
 
 
@@ -69,6 +70,22 @@ def adopt(module: nn.Module, step: Step) -> bool:
             layer.step = step  # type: ignore[assignment]
             found = True
     return found
+
+
+def spare_small_linear(module: nn.Module) -> None:
+    """Let linear layers of few weights stay in float32 under autocast, in place.
+
+    On a CPU their casts take longer than their products.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear and layer.weight.numel() < SMALL:
+            layer.__class__ = _FullLinear
+
+
+class _FullLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
 
 
 def can_map(module: nn.Module, statistics: Collection[str]) -> bool:

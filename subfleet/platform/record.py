@@ -27,8 +27,8 @@ Way = Literal["loop", "traced", "vmap"]
 Dtype = Literal["float32", "bfloat16"]
 Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
-SIDE_BY_SIDE = {"cpu": 16, "cuda": 256}  # clients in one mapped call, at most
-CACHE_BYTES = 4 << 20
+SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
+CACHE_BYTES = 16 << 20
 FULL = IndexMap.full()
 
 
@@ -198,7 +198,7 @@ def candidates(
     maps = device != "cpu" or (not images and cached >= 4)
     order: list[tuple[Way, int]] = [("traced", 1), ("loop", 1)]
     if maps:
-        order = [("vmap", widest), ("vmap", max(2, widest // 2)), *order]
+        order = [("vmap", widest), ("vmap", max(2, widest // 4)), *order]
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
     last = images and _takes_channels_last(net)

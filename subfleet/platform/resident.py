@@ -36,6 +36,8 @@ class Resident:
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module: nn.Module = module
+        if self.autocasts and self.device.type == "cpu":
+            layers.spare_small_linear(module)
         self.step = layers.Step()
         self._steps_matter = layers.adopt(module, self.step)
         # A chain without hooks runs layer by layer: nn.Module's call costs 3 us a layer.

@@ -115,9 +115,9 @@ def dense(width: int):
 def test_what_is_tried_on_cpus_and_gpus():
     assert ways(toys.cnn()) == ["traced", "loop"], "mapped convolutions never pay on a CPU"
     assert ways(toys.cnn(), "cuda") == ["vmap", "vmap", "traced", "loop"]
-    assert [c.side_by_side for c in tried(toys.cnn(), "cuda")] == [256, 128, 1, 1]
-    assert [c.side_by_side for c in tried(toys.mlp())] == [16, 8, 1, 1]
-    assert ways(dense(512)) == ["traced", "loop"], "four clients' parameters leave the cache"
+    assert [c.side_by_side for c in tried(toys.cnn(), "cuda")] == [256, 64, 1, 1]
+    assert [c.side_by_side for c in tried(toys.mlp())] == [64, 16, 1, 1]
+    assert ways(dense(2048)) == ["traced", "loop"], "four clients' parameters leave the cache"
     assert ways(toys.mlp(), engine="vmap") == ["vmap", "loop"]
     assert ways(toys.mlp(), "cuda", "traced") == ["traced", "loop"]
     assert ways(toys.mlp(), "cuda", "loop") == ["loop"]
