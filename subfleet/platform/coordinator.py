@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from subfleet.datasets.stream import CohortStream
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.job import Job
+from subfleet.platform.memory import keep_freed_memory
 from subfleet.platform.metrics import Observer, tell
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
@@ -67,6 +68,7 @@ class Coordinator:
         observers: Sequence[Observer],
         followed: bool,
     ):
+        keep_freed_memory()  # each round's sums are as large as the last one's
         self._events = _Events()
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
