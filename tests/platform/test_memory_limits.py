@@ -125,16 +125,19 @@ def test_the_round_begins_anew_with_half_as_many_and_the_bits_of_the_narrower_re
     first, second, heard = in_a_fresh_process(two_runs, tmp_path)
     assert first == second
     widths = [(c["from_round"], c["side_by_side"]) for c in choices(tmp_path / "run")]
-    assert widths == [(1, 16), (2, 8)]
-    for name, times in (("run", [0, 1, 0]), ("told", [0, 0, 0])):
+    # Halved until they fit; how many that are the process's own memory decides.
+    assert widths == [(1, 64), *((2, 64 >> half) for half in range(1, len(widths)))]
+    halved = len(widths) - 1
+    assert widths[-1][1] <= 8
+    for name, times in (("run", [0, halved, 0]), ("told", [0, 0, 0])):
         records = list(read_metrics(tmp_path / name / "metrics.jsonl"))
         assert [record["out_of_memory"] for record in records] == times
         assert [record["clients"] for record in records] == [48] * 3
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["total_out_of_memory"] == 1
-    assert len(heard) == 2
-    assert heard[0].startswith("engine: (8, 4) vmap of 16")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["total_out_of_memory"] == halved and len(heard) == 1 + halved
+    assert heard[0].startswith("engine: (8, 4) vmap of 64")
     assert heard[1] == (
-        "engine: (8, 4) vmap of 8 from round 2 on, out of memory with 16 side by side"
+        "engine: (8, 4) vmap of 32 from round 2 on, out of memory with 64 side by side"
     )
 
 
@@ -177,11 +180,9 @@ def test_hosts_go_on_after_they_ran_out_of_memory(tmp_path):
     for actor in hosts:
         ray.kill(actor)
     records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    assert [(r["out_of_memory"], r["retries"], r["clients"]) for r in records] == [
-        (0, 0, 48),
-        (1, 0, 48),
-        (0, 0, 48),
-    ]
+    assert [(r["retries"], r["clients"]) for r in records] == [(0, 48)] * 3
+    first, narrowed, last = (r["out_of_memory"] for r in records)
+    assert narrowed >= 1 and first == last == 0
     record = [Choice(**choice) for choice in choices(tmp_path / "run")]
     toys.run(job(record=record), tmp_path / "here")
     ray_run, here = (RunFolder(tmp_path / name, "").read_final() for name in ("run", "here"))
