@@ -27,8 +27,9 @@ _VIEWS = (
 )
 _TRANSPOSES = (_aten.t.default, _aten.transpose.int)
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default)
-# What makes a tensor of its own; an item is one of those that a max pool makes.
-_OWN = (*_PRODUCTS, _aten.convolution.default, _aten.addmm.default, operator.getitem)
+# What makes a tensor of its own, alone or as the first of several; a split's items are views.
+_OWN = (*_PRODUCTS, _aten.convolution.default, _aten.addmm.default)
+_FIRST_OWN = (_aten.max_pool2d_with_indices.default, _aten.native_batch_norm.default)
 
 
 def tidy(module: GraphModule, *, in_place: bool = True) -> None:
@@ -42,10 +43,17 @@ def tidy(module: GraphModule, *, in_place: bool = True) -> None:
         _behind_pool(graph, node)
     for node in _calls(graph, _aten.relu.default):
         before = node.args[0]
-        if in_place and before.target in _OWN and len(before.users) == 1:
+        if in_place and _is_own(before) and len(before.users) == 1:
             node.target = _aten.relu_.default
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _is_own(node: Node) -> bool:
+    """Whether nothing else lies in the memory of what a node makes."""
+    if node.target is operator.getitem:
+        return node.args[1] == 0 and node.args[0].target in _FIRST_OWN
+    return node.target in _OWN
 
 
 def _calls(graph: Graph, *targets: Any) -> Iterator[Node]:

@@ -85,7 +85,7 @@ class Stepper:
         )
 
     def _add(self, found: Sequence[Tensor], products: Sequence[bool]) -> None:
-        """V <- m v + g + d w; w <- w - lr v,  or  w <- (1 - lr d) w - lr g.
+        """With momentum v <- m v + g + d w; w <- w - lr v. Else w <- (1 - lr d) w - lr g.
 
         `found` holds a gradient, or the two factors of one, for each weight.
         """

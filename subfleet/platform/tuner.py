@@ -248,5 +248,7 @@ def _read(file: Path, count: int) -> list[float] | None:
         seconds = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    good = isinstance(seconds, list) and len(seconds) == count
-    return seconds if good and all(isinstance(s, float) and s > 0 for s in seconds) else None
+    if not isinstance(seconds, list) or len(seconds) != count:
+        return None
+    seconds = [float("inf") if s is None else s for s in seconds]  # what did not fit
+    return seconds if all(isinstance(s, float) and s > 0 for s in seconds) else None
