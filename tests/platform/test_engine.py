@@ -29,7 +29,7 @@ from subfleet.core.program import (
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.datasets.synthetic import SyntheticFemnist
-from subfleet.models import chain, small_cnn
+from subfleet.models import chain, small_cnn, supernet
 from subfleet.platform import batches
 from subfleet.platform.bundles import TrainBundle
 from subfleet.platform.engine import Work
@@ -112,6 +112,28 @@ def test_bfloat16_is_close_to_full_precision(way, rule):
         moved = toys.distance(b, shared)
         assert 0 < toys.distance(a, b) < 0.2 * moved, "rounded, and near"
         assert all(t.dtype == torch.float32 for t in a.values())
+
+
+class Halves(nn.Module):
+    """Splits its own input, and uses the whole of it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x):
+        left, _ = x.chunk(2, 1)
+        return self.head(torch.cat([torch.relu(left), x], 1))
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_traced_relus_leave_alone_what_others_read(way):
+    net, data = supernet(Halves(), torch.zeros(1, 6)), toys.all_train([12, 8], (6,), 3)
+    tasks, shared, program = mapped_tasks(net, [0, 1]), net.init(0), loss_program()
+    looped = toys.each(net, program, tasks, data, shared)
+    found = toys.each(net, program, tasks, data, shared, way)
+    for (a, *_), (b, *_) in zip(found, looped, strict=True):
+        assert toys.distance(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("rule", RULES)
