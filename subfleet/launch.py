@@ -28,7 +28,7 @@ from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
-from subfleet.datasets.federation import identity, split_clients
+from subfleet.datasets.federation import identity, split_of
 from subfleet.platform import checkpoint
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
@@ -275,7 +275,7 @@ def _doubts(experiment: Experiment, job: Job) -> list[str]:
             f"costs of {experiment.model.name} leave out {', '.join(net.uncounted[:3])}: its "
             "flops are too low"
         )
-    held_out = len(split_clients(experiment.run.seed, job.federation.num_clients)[1])
+    held_out = len(split_of(job.federation, experiment.run.seed)[1])
     wanted = experiment.run.eval_clients
     if held_out and wanted > held_out and wanted != RunTable().eval_clients:
         doubts.append(

@@ -19,6 +19,7 @@ from subfleet.core.errors import InputError
 from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
+from subfleet.core.watching import Passed
 
 Params: TypeAlias = dict[str, Tensor]
 """A flat tree of tensors with module-style names, ``{"conv1.weight": ...}``."""
@@ -153,6 +154,10 @@ class Net(Protocol):
         """Logits of a batch, [B, classes]."""
         ...
 
+    def watched(self, params: Params, x: Tensor) -> tuple[Tensor, list[Passed]]:
+        """The same, and what went through each layer, in the order in which they ran."""
+        ...
+
 
 class Loss(Protocol):
     """`loss(net, params, batch, noise, inputs) -> (scalar, metrics)`, pure."""
@@ -166,7 +171,12 @@ class Loss(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClientTask:
-    """One client's work: which sub-network, with which weight, from which shared tree."""
+    """One client's work: which sub-network, with which weight, from which shared tree.
+
+    `bytes_down` is given by an algorithm that sends something else than the slice: all of
+    its bytes. `steps` stands in for its stream's number of them: of a client that has time
+    for fewer, say.
+    """
 
     client: int
     map: IndexMap
@@ -176,6 +186,8 @@ class ClientTask:
     tier: int
     inputs: Params = field(default_factory=dict)
     shared: int = 0  # which tree of RoundPlan.shared it starts from
+    bytes_down: int | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,9 @@ class ClientResult:
     group, relative to the super-network), None where the task's map already says
     it. `kept` replaces the client's own state, `report` its
     entry in the next `Cohort`. `wire_bytes` is given by an algorithm that
-    encodes; None means the formula of a dense sub-network.
+    encodes; None means the formula of a dense sub-network. `local` is the client's
+    own network for its local test, in the shape of its task, where that is not what
+    it trained (a personal model; what is left of a network that it cut itself).
     """
 
     update: Params
@@ -197,6 +211,7 @@ class ClientResult:
     report: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     wire_bytes: int | None = None
+    local: Params | None = None
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> fl
     else:
         streams = program.streams.values() if isinstance(program, StepProgram) else [program.stream]
         stream = next(iter(streams))  # the first sets the number of steps
-        steps = stream.num_steps(task.num_samples)
+        steps = stream.num_steps(task.num_samples) if task.steps is None else task.steps
         size = stream.rows(task.num_samples)
         rows = steps * (size if stream.batch is None else min(stream.batch, size))
     return steps * STEP_SECONDS + BACKWARD * macs * rows / MACS_PER_SECOND

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -137,6 +137,8 @@ class Chunk:
 
     def schedule(self, index: int, stream: Stream) -> list[np.ndarray]:
         """The client's steps as row numbers."""
+        if (steps := self.tasks[index].steps) is not None:
+            stream = replace(stream, steps=steps)
         block, at = self.blocks[stream.part], self.positions[index]
         return batches.steps(
             stream,

@@ -156,6 +156,8 @@ CLIENTS_COLUMNS: tuple[Column, ...] = (
     Column("loss", "float32", "nats", "Its training loss, mean over its local steps."),
     Column("acc_local", "float32", "0–1", "Accuracy on its own test part before merging."),
     Column("seconds", "float32", "s", "Wall-clock time of its training on the host."),
+    Column("params", "int64", "numbers", "Trained parameters of its sub-network."),
+    Column("macs", "int64", "MACs", "A forward pass of its sub-network on one sample."),
     Column("flops", "float64", "FLOPs", "Its local training."),
     Column("bytes_up", "int64", "bytes", "Sent by it, map included."),
     Column("bytes_down", "int64", "bytes", "Sent to it, map included."),

@@ -178,9 +178,10 @@ class Engine:
                 ):
                     seconds = perf_counter() - clock
                     tested = None
-                    if bundle.local_test and trained.params is not None and trained.healthy:
+                    own = trained.result.local or trained.params
+                    if bundle.local_test and own is not None and trained.healthy:
                         rows = _rows(blocks["test"], position)
-                        tested = evaluation.score(resident, trained.params, *rows, self.work.scale)
+                        tested = evaluation.score(resident, own, *rows, self.work.scale)
                     tally.add(task, position, trained, seconds, tested)
                     clock = perf_counter()
         return tally.result(bundle.number, {"train": perf_counter() - started})
@@ -273,12 +274,16 @@ class _Tally:
         self.kept: list[Params | None] = [None] * count
         self.reports: dict[int, dict] = {}
         self.rows: list[dict] = []
-        self._costs: dict[bytes, tuple[int, int]] = {}
+        self._costs: dict[bytes, tuple[int, int, int]] = {}
 
-    def _cost(self, map: IndexMap) -> tuple[int, int]:
-        """(MACs of one forward pass, bytes of the map on the wire)."""
+    def _cost(self, map: IndexMap) -> tuple[int, int, int]:
+        """(Parameters, MACs of one forward pass, bytes of the map on the wire)."""
         if map.key not in self._costs:
-            self._costs[map.key] = (self.net.cost(map).macs, map.wire_bytes(self.net.space))
+            self._costs[map.key] = (
+                self.net.stored_params(map, "local"),
+                self.net.cost(map).macs,
+                map.wire_bytes(self.net.space),
+            )
         return self._costs[map.key]
 
     def add(
@@ -293,7 +298,7 @@ class _Tally:
         result = trained.result
         healthy = trained.healthy and finite(unchecked(self.program, self.net, result))
         map = covered(task, result)
-        macs, map_bytes = self._cost(map)
+        params, macs, map_bytes = self._cost(map)
         sent = 4 * sum(value.numel() for value in result.update.values())
         if healthy:
             if self.update is not None:
@@ -313,6 +318,8 @@ class _Tally:
                 "loss": trained.loss,
                 "steps": trained.steps,
                 "seconds": seconds,
+                "params": params,
+                "macs": macs,
                 "flops": float(BACKWARD * macs * trained.rows),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 "bytes_map": map_bytes,

@@ -10,13 +10,15 @@ import numpy as np
 
 from subfleet.core import aggregate
 from subfleet.core.algorithm import Reduced, RoundPlan
-from subfleet.core.program import ClientTask
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform.bundles import BundleResult
 from subfleet.platform.engine import OK
 
-_UPLOADED = ("client", "num_samples", "loss", "acc_local", "seconds", "flops", "bytes_up", "steps")
+_UPLOADED = (
+    *("client", "num_samples", "loss", "acc_local", "seconds", "params", "macs", "flops"),
+    *("bytes_up", "steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,9 @@ def round_record(
     return record
 
 
-def mean_cost(net: SuperNetwork, tasks: Sequence[ClientTask]) -> tuple[float, float]:
-    """Mean parameters and MACs of the sub-networks of some tasks."""
-    maps = {task.map.key: task.map for task in tasks}
-    cost = {key: (net.stored_params(map, "local"), net.cost(map).macs) for key, map in maps.items()}
-    params, macs = np.mean([cost[task.map.key] for task in tasks], axis=0).tolist()
-    return params, macs
+def mean_cost(columns: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Mean parameters and MACs of the sub-networks of a round's clients."""
+    return float(columns["params"].mean()), float(columns["macs"].mean())
 
 
 def bytes_down(net: SuperNetwork, plan: RoundPlan) -> dict[int, tuple[int, int]]:
@@ -139,6 +138,9 @@ def bytes_down(net: SuperNetwork, plan: RoundPlan) -> dict[int, tuple[int, int]]
     cache: dict[tuple[int, bytes], tuple[int, int]] = {}
     out = {}
     for task in plan.tasks:
+        if task.bytes_down is not None:
+            out[task.client] = (task.bytes_down, 0)
+            continue
         key = (task.shared, task.map.key)
         if key not in cache:
             sent = net.space.cut_numel(plan.shared[task.shared], task.map)

@@ -14,6 +14,7 @@ from subfleet.core.program import LossProgram, Params
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork, has_dropout
 from subfleet.core.units import IndexMap
+from subfleet.core.watching import Passed, watched
 from subfleet.platform import kernels, layers
 from subfleet.platform.record import Choice
 from subfleet.platform.traces import Traces
@@ -62,6 +63,10 @@ class Resident:
             with torch.autocast(self.device.type, torch.bfloat16):
                 return self._scores(params, x).float()
         return self._scores(params, x)
+
+    def watched(self, params: Params, x: Tensor) -> tuple[Tensor, list[Passed]]:
+        """Logits of a batch, and what went through each layer, in the order they ran."""
+        return watched(self.module, lambda: self(dict(params), x))  # never past the hooks
 
     def _scores(self, params: Params, x: Tensor) -> Tensor:
         if params is self.params:

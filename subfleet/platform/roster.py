@@ -11,7 +11,7 @@ import numpy as np
 from subfleet.core import seeds
 from subfleet.core.algorithm import Cohort, Phase
 from subfleet.core.errors import InputError
-from subfleet.datasets.federation import split_clients
+from subfleet.datasets.federation import split_of
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.job import Job
 
@@ -22,7 +22,7 @@ class Roster:
     def __init__(self, job: Job):
         self._job = job
         self._seed = job.work.seed
-        self._train_ids, self._held_out = split_clients(self._seed, job.federation.num_clients)
+        self._train_ids, self._held_out = split_of(job.federation, self._seed)
         self._last_round = np.full(job.federation.num_clients, -1, np.int32)
         self._reports: dict[int, dict[str, Any]] = {}
 

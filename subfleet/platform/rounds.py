@@ -237,6 +237,7 @@ class Rounds:
         with self.clock.phase("server"):
             self.state, self.phase_name = state, phase.name
             self._remember(round, bundles, results)
+            self.mean_cost = mean_cost(rows)
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
 
@@ -345,7 +346,6 @@ class Rounds:
                 # A client that was left out keeps what it had.
                 kept = [i for i, tree in enumerate(result.kept) if tree is not None]
                 self.kept.write(bundle.ids[kept], [result.kept[i] for i in kept])
-        self.mean_cost = mean_cost(self.net, [task for bundle in bundles for task in bundle.tasks])
 
     # --- evaluation --------------------------------------------------------------------------
 

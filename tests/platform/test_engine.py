@@ -526,6 +526,39 @@ def test_finish_makes_the_result_and_kept_state_is_each_clients_own(way):
     assert result.table["flops"].tolist() == [3 * 6 * 10, 3 * 6 * 16, 3 * 6 * 6]
 
 
+@pytest.mark.parametrize("way", ["loop", "traced", "vmap"])
+def test_a_task_may_have_steps_of_its_own(way):
+    net, data = toys.linear(2, 3), toys.all_train([8, 8, 8], (2,), 3)
+    tasks = [replace(toys.task(net, c, samples=8), steps=steps) for c, steps in enumerate((1, 4))]
+    found = toys.run_bundle(
+        toys.OneProgram(toys.setting(net), loss_program()), tasks, data, net.init(0), way
+    )
+    assert found.table["steps"].tolist() == [1, 4]
+    # Two epochs of two steps are what the stream says, and what four steps of one's own are.
+    plain = toys.each(net, loss_program(), [toys.task(net, 1)], data, net.init(0), way)
+    own = toys.each(net, loss_program(), tasks[1:], data, net.init(0), way)
+    assert toys.same_bits(own[0][0], plain[0][0])
+
+
+@pytest.mark.parametrize("way", ["loop", "vmap"])
+def test_the_local_test_is_of_the_clients_own_network(way):
+    net, data = toys.linear(2, 3), toys.federation([40, 40], (2,), 3)
+
+    def finish(start, trained, kept, inputs):
+        constant = {n: torch.zeros_like(v) for n, v in trained.items()}
+        constant["fc.bias"][1] = 1.0  # always says class 1
+        return ClientResult(trained, local=constant)
+
+    algorithm = toys.OneProgram(toys.setting(net), loss_program(finish=finish))
+    tasks = [toys.task(net, c) for c in range(2)]
+    found = toys.run_bundle(algorithm, tasks, data, net.init(0), way, local_test=True)
+    block = data.block(np.arange(2), "test")
+    expected = [
+        (block.y[a:b] == 1).mean() for a, b in zip(block.offsets, block.offsets[1:], strict=False)
+    ]
+    assert found.table["acc_local"].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("way", ["loop", "vmap"])
 def test_units_that_the_client_chose_say_where_its_update_goes(way):
     """Two clients download everything and upload the units that they chose themselves."""

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import toys
 
+from subfleet.core.algorithm import RoundPlan
+from subfleet.core.program import ClientTask
 from subfleet.platform.bundles import BundleResult
 from subfleet.platform.measure import (
     Evaluated,
+    bytes_down,
     client_columns,
     local_accuracy,
     round_record,
@@ -55,6 +58,8 @@ def trained(number, clients, **columns):
         "loss": [1.0] * n,
         "steps": [2] * n,
         "seconds": [0.1] * n,
+        "params": [5] * n,
+        "macs": [4] * n,
         "flops": [100.0] * n,
         "bytes_up": [40] * n,
         "bytes_map": [2] * n,
@@ -124,3 +129,13 @@ def test_local_accuracy_by_hand():
     assert found["acc_local_worst10"] == pytest.approx((0.1 + 0.5) / 2)
     assert local_accuracy({"acc_local": np.array([np.nan])}) == {}
     assert local_accuracy({"acc_local": np.array([0.5])})["acc_local_sd"] == 0.0
+
+
+def test_an_algorithm_says_itself_what_it_sends():
+    net = toys.mlp()
+    sent = [
+        ClientTask(client, toys.FULL, (), 1.0, 5, 0, bytes_down=given)
+        for client, given in [(3, None), (4, 17)]
+    ]
+    down = bytes_down(net, RoundPlan(sent, {0: net.init(0)}))
+    assert down == {3: (4 * net.stored_params(toys.FULL), 0), 4: (17, 0)}
