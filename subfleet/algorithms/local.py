@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, RoundPlan, State
+from subfleet.core.budget import width_map
+from subfleet.core.errors import InputError
 from subfleet.core.program import Batch, ClientResult, ClientTask, LossProgram, Net, Noise, Params
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
@@ -54,6 +56,36 @@ def tasks(net: SuperNetwork, cohort: Cohort, map_of: Callable[[int], IndexMap]) 
             cohort.id.tolist(), cohort.tier.tolist(), cohort.num_samples.tolist(), strict=True
         )
     ]
+
+
+@dataclass(frozen=True)
+class OneNetwork(Algorithm):
+    """Every client trains the same network: by default the largest that the poorest tier can run.
+
+    `width` in (0, 1] fixes the network's width instead and ignores the budgets:
+    ``width = 1.0`` is a fleet that could afford everything.
+    """
+
+    width: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and not 0 < self.width <= 1:
+            raise InputError(
+                f"algorithm.width={self.width} is outside (0, 1]; "
+                "give a fraction of the channels, or leave it out to follow the budgets"
+            )
+
+    @cached_property
+    def network(self) -> IndexMap:
+        """The one map that every client trains."""
+        if self.width is None:
+            return self.setting.smallest.map
+        return width_map(self.setting.net, self.width)
+
+    def views(self, state: State) -> dict[str, IndexMap]:
+        """There is one network: the global one, which every tier runs."""
+        del state
+        return {"global": self.network} | {tier.name: self.network for tier in self.setting.tiers}
 
 
 @dataclass(frozen=True)
