@@ -29,6 +29,7 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.datasets.federation import identity, split_of
+from subfleet.datasets.pooled import Pooled
 from subfleet.platform import checkpoint
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
@@ -97,6 +98,9 @@ def assemble(
     )
     algorithm = registry.build_algorithm(experiment.algorithm, setting)
     options = {name: getattr(experiment.run, name) for name in RunOptions.__dataclass_fields__}
+    if algorithm.pools:
+        federation = Pooled(federation, split_of(federation, seed)[0])
+        options["cohort"] = 1
     return Job(
         work=Work(net, algorithm, federation.scale, seed),
         federation=federation,

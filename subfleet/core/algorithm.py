@@ -162,6 +162,8 @@ class Algorithm:
     setting: Setting
 
     paper: ClassVar[str] = ""
+    pools: ClassVar[bool] = False
+    """Whether all training clients' data are to lie with one client, who trains alone."""
 
     def init(self, params: Params) -> State:
         """The server's state before round 1, from freshly drawn parameters."""

@@ -1,0 +1,80 @@
+"""FedProx: FedAvg whose clients are held near the server's model, and may do less.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from subfleet.algorithms.local import IndexedAveraging
+from subfleet.core import seeds
+from subfleet.core.algorithm import Cohort, RoundPlan, State
+from subfleet.core.errors import InputError
+from subfleet.core.program import ClientTask
+from subfleet.core.units import IndexMap
+
+
+@dataclass(frozen=True)
+class FedProx(IndexedAveraging):
+    """Every client trains the largest network that the poorest tier can run, near where it began.
+
+    client:  min_w L_k(w) + (mu / 2) |w - w^t|^2,  so  w <- w - lr (g + mu (w - w^t))
+    server:  w <- sum_k (n_k / sum n) w_k
+
+    With probability `stragglers` a client has time in a round for a random number of epochs
+    only, each of 1 to E equally likely; what it returns counts like the others'. mu = 0
+    without stragglers is FedAvg. The authors try a `mu` of 0.001, 0.01, 0.1 and 1.
+    """
+
+    mu: float = 0.01
+    stragglers: float = 0.0
+
+    paper: ClassVar[str] = "Li et al. 2020"
+
+    def __post_init__(self) -> None:
+        if not self.mu >= 0:
+            raise InputError(
+                f"algorithm.mu={self.mu} is negative; give 0 (FedAvg) or more, such as 0.01"
+            )
+        if not 0 <= self.stragglers <= 1:
+            raise InputError(
+                f"algorithm.stragglers={self.stragglers} is outside [0, 1]; give the share of a "
+                "round's clients that do fewer epochs"
+            )
+        if self.stragglers > 0 and self.setting.stream.steps is not None:
+            raise InputError(
+                f"algorithm.stragglers={self.stragglers}: stragglers do fewer epochs, but "
+                "train.steps counts steps; set train.epochs instead, or stragglers to 0"
+            )
+        # The engine's rule takes w <- w - lr (g + proximal (w - w_start)) for every client.
+        rule = replace(self.setting.rule, proximal=float(self.mu))
+        object.__setattr__(self, "setting", replace(self.setting, rule=rule))
+
+    def map_of(self, tier: int, round: int) -> IndexMap:
+        """The same for every tier and round."""
+        del tier, round
+        return self.setting.smallest.map
+
+    def views(self, state: State) -> dict[str, IndexMap]:
+        """There is one network: the global one, which every tier runs."""
+        network = self.setting.smallest.map
+        return dict.fromkeys(super().views(state), network)
+
+    def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
+        """As for FedAvg, but that some clients stop early."""
+        plan = super().plan(state, cohort, round)
+        if self.stragglers == 0:
+            return plan
+        return replace(plan, tasks=[self._hurried(task, round) for task in plan.tasks])
+
+    def _hurried(self, task: ClientTask, round: int) -> ClientTask:
+        """The task with fewer epochs, if its client is one of the round's stragglers."""
+        stream = self.setting.stream
+        draw = seeds.generator(self.setting.seed, "straggler", round=round, client=task.client)
+        if draw.random() >= self.stragglers:
+            return task
+        # 1 .. E, each with probability 1 / E
+        epochs = int(draw.integers(1, stream.epochs + 1))
+        return replace(task, steps=replace(stream, epochs=epochs).num_steps(task.num_samples))
