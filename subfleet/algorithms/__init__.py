@@ -1,14 +1,24 @@
 """Federated algorithms, one a file; `ALGORITHMS` is what configuration knows by name."""
 
+from subfleet.algorithms.adds import ADDS
+from subfleet.algorithms.centralised import Centralised
 from subfleet.algorithms.fedavg import FedAvg
+from subfleet.algorithms.feddrop import FedDrop
 from subfleet.algorithms.fedpa import FedPA
+from subfleet.algorithms.fedprox import FedProx
 from subfleet.algorithms.fedrolex import FedRolex
+from subfleet.algorithms.pfedme import PFedMe
 from subfleet.algorithms.stc import STC
 from subfleet.core.algorithm import Algorithm
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
+    "adds": ADDS,
+    "centralised": Centralised,
     "fedavg": FedAvg,
+    "feddrop": FedDrop,
     "fedpa": FedPA,
+    "fedprox": FedProx,
     "fedrolex": FedRolex,
+    "pfedme": PFedMe,
     "stc": STC,
 }
