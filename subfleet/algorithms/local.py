@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, RoundPlan, State
 from subfleet.core.budget import width_map
 from subfleet.core.errors import InputError
-from subfleet.core.program import Batch, ClientResult, ClientTask, LossProgram, Net, Noise, Params
+from subfleet.core.program import (
+    Batch,
+    ClientResult,
+    ClientTask,
+    LocalRule,
+    LossProgram,
+    Net,
+    Noise,
+    Params,
+)
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 
@@ -28,9 +38,39 @@ def cross_entropy(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy of a batch; the loss of plain local training."""
     del noise, inputs
-    scores = F.log_softmax(net(params, batch.x), dim=1)
+    return mean_cross_entropy(net(params, batch.x), batch), {}
+
+
+def mean_cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
+    """The same from a batch's class scores, [B, classes]."""
+    logs = F.log_softmax(scores, dim=1)
     # F.cross_entropy would be the same number; mapped over clients it becomes 25 kernels more.
-    return batch.mean(-scores.gather(1, batch.y.unsqueeze(1)).squeeze(1)), {}
+    return batch.mean(-logs.gather(1, batch.y.unsqueeze(1)).squeeze(1))
+
+
+def sgd(
+    rule: LocalRule, params: Params, grads: Params, velocity: Params, left: Params | None = None
+) -> tuple[Params, Params]:
+    """One step of a `StepProgram`'s own optimiser, and the velocity after it.
+
+    v <- m v + clip(g) + d w;  w <- w - lr v, only on the coordinates that `left` leaves: the
+    dropped ones of a masked network have no gradient, but momentum and decay would move them.
+    """
+    if rule.clip_norm is not None:
+        norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+        scale = (rule.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        grads = {name: grad * scale for name, grad in grads.items()}
+    moved, after = {}, {}
+    for name, w in params.items():
+        v = grads[name]
+        if rule.weight_decay:
+            v = torch.add(v, w, alpha=rule.weight_decay)
+        if rule.momentum:
+            v = velocity[name] * rule.momentum + v
+        after[name] = v
+        step = v * left[name] if left is not None and name in left else v
+        moved[name] = torch.add(w, step, alpha=-rule.lr)
+    return moved, after
 
 
 def split_statistics(

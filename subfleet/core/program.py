@@ -158,6 +158,16 @@ class Net(Protocol):
         """The same, and what went through each layer, in the order in which they ran."""
         ...
 
+    def gradient(
+        self, of: Callable[[Params], tuple[Tensor, Any]], at: Params
+    ) -> tuple[Params, Tensor, Any]:
+        """The gradient at `at` of the scalar in `of(at) -> (scalar, other)`, and these two.
+
+        The one to use in a `StepProgram`: of a looped client's recurrent layers it is many
+        times as fast as `torch.func.grad`. Of the first order: nothing comes back with a graph.
+        """
+        ...
+
 
 class Loss(Protocol):
     """`loss(net, params, batch, noise, inputs) -> (scalar, metrics)`, pure."""

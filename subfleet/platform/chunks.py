@@ -81,6 +81,7 @@ class Chunk:
     def start(self, index: int) -> Params:
         """A client's first tensors: its slice of the shared tree, its kept ones on top.
 
+        Single precision, as the data are, also where the server's are wider.
         Kept leaves that bear the network's own names (BatchNorm statistics, say)
         replace the server's.
         """
@@ -88,7 +89,7 @@ class Chunk:
         where = (task.shared, task.map.key)
         if where not in self._slices:
             cut = self.net.space.extract(self.shared[task.shared], task.map)
-            self._slices[where] = self._here(cut)
+            self._slices[where] = {n: v.to(self.device, torch.float32) for n, v in cut.items()}
         own = self.kept(index)
         if not own:
             return self._slices[where]

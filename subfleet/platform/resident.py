@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
+from torch.utils import _pytree as pytree
 
 from subfleet.core.program import LossProgram, Params
 from subfleet.core.scaling import Scaling
@@ -67,6 +69,22 @@ class Resident:
     def watched(self, params: Params, x: Tensor) -> tuple[Tensor, list[Passed]]:
         """Logits of a batch, and what went through each layer, in the order they ran."""
         return watched(self.module, lambda: self(dict(params), x))  # never past the hooks
+
+    def gradient(
+        self, of: Callable[[Params], tuple[Tensor, Any]], at: Params
+    ) -> tuple[Params, Tensor, Any]:
+        """The gradient at `at` of the scalar in `of(at) -> (scalar, other)`, and these two."""
+        if self.choice.way == "vmap":
+            grads, (value, other) = grad_and_value(of, has_aux=True)(at)
+            return grads, value, other
+        leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+        with torch.enable_grad():
+            value, other = of(leaves)
+        found = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        detached = pytree.tree_map_only(Tensor, Tensor.detach, other)
+        return dict(zip(leaves, found, strict=True)), value.detach(), detached
 
     def _scores(self, params: Params, x: Tensor) -> Tensor:
         if params is self.params:
