@@ -75,11 +75,11 @@ class STC(OneNetwork):
     BatchNorm's running statistics are no sums of changes: they travel as they are, dense
     and counted, and the server averages them, every client alike.
 
-    Clients train without momentum, whatever the experiment's rule says: as the paper has
-    it, the residual is the only memory of former steps. `p_up` and `p_down` are fractions
-    of the entries, or "adds_femnist" (0.2439) or "adds_celeba" (0.1582). With `per_tensor`
-    each tensor is compressed by itself, else all together. Without `ternary` the entries
-    keep their magnitudes, 4 bytes each.
+    Clients train without momentum, whatever the experiment's rule says: the residuals are
+    the memory of former steps. `p_up` and `p_down` are fractions of the entries, or
+    "adds_femnist" (0.2439) or "adds_celeba" (0.1582). With `per_tensor` each tensor is
+    compressed by itself, else all together. Without `ternary` entries keep their
+    magnitudes, 4 bytes each.
     """
 
     p_up: Sparsity = 1 / 400
@@ -182,11 +182,12 @@ class STC(OneNetwork):
         Who trained in round l began it without the message of round l, and needs the
         messages of l, l + 1, ... up to now.
         """
-        dense = _dense_bytes(self._zeros())
+        net = self.setting.net
+        dense = 4 * net.space.slice_numel(self.network, without=net.statistics)
         up_to = np.concatenate([[0], np.cumsum(state["messages"])])  # of the first so many rounds
         behind = up_to[-1] - up_to[np.maximum(last_round - 1, 0)]
         missed = np.where(last_round < 0, dense, np.minimum(behind, dense))
-        return missed + _dense_bytes(self.setting.net.fresh_statistics(self.network))
+        return missed + _dense_bytes(net.fresh_statistics(self.network))
 
     def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
         """Adds the compressed mean change, and averages BatchNorm's statistics."""
