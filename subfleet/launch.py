@@ -28,7 +28,7 @@ from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
-from subfleet.datasets.federation import identity, split_of
+from subfleet.datasets.federation import Federation, identity, split_of
 from subfleet.datasets.pooled import Pooled
 from subfleet.platform import checkpoint
 from subfleet.platform.engine import Work
@@ -99,8 +99,9 @@ def assemble(
     algorithm = registry.build_algorithm(experiment.algorithm, setting)
     options = {name: getattr(experiment.run, name) for name in RunOptions.__dataclass_fields__}
     if algorithm.pools:
-        federation = Pooled(federation, split_of(federation, seed)[0])
         options["cohort"] = 1
+        if isinstance(federation, Federation):  # without its rows it is remembered as pooled
+            federation = Pooled(federation, split_of(federation, seed)[0])
     return Job(
         work=Work(net, algorithm, federation.scale, seed),
         federation=federation,

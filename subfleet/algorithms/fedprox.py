@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from subfleet.algorithms.local import IndexedAveraging
+from subfleet.algorithms.local import IndexedAveraging, OneNetwork
 from subfleet.core import seeds
 from subfleet.core.algorithm import Cohort, RoundPlan, State
 from subfleet.core.errors import InputError
@@ -17,8 +17,8 @@ from subfleet.core.units import IndexMap
 
 
 @dataclass(frozen=True)
-class FedProx(IndexedAveraging):
-    """Every client trains the largest network that the poorest tier can run, near where it began.
+class FedProx(OneNetwork, IndexedAveraging):
+    """Every client trains the same network (`OneNetwork`), near where it began.
 
     client:  min_w L_k(w) + (mu / 2) |w - w^t|^2,  so  w <- w - lr (g + mu (w - w^t))
     server:  w <- sum_k (n_k / sum n) w_k
@@ -34,6 +34,7 @@ class FedProx(IndexedAveraging):
     paper: ClassVar[str] = "Li et al. 2020"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.mu >= 0:
             raise InputError(
                 f"algorithm.mu={self.mu} is negative; give 0 (FedAvg) or more, such as 0.01"
@@ -55,12 +56,7 @@ class FedProx(IndexedAveraging):
     def map_of(self, tier: int, round: int) -> IndexMap:
         """The same for every tier and round."""
         del tier, round
-        return self.setting.smallest.map
-
-    def views(self, state: State) -> dict[str, IndexMap]:
-        """There is one network: the global one, which every tier runs."""
-        network = self.setting.smallest.map
-        return dict.fromkeys(super().views(state), network)
+        return self.network
 
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """As for FedAvg, but that some clients stop early."""

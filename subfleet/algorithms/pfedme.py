@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 
-from subfleet.algorithms.local import cross_entropy, tasks
-from subfleet.core.algorithm import Algorithm, Cohort, Phase, Reduced, RoundPlan, State
+from subfleet.algorithms.local import OneNetwork, cross_entropy, tasks
+from subfleet.core.algorithm import Cohort, Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError
 from subfleet.core.program import (
     Batch,
@@ -25,7 +24,6 @@ from subfleet.core.program import (
     Params,
     StepProgram,
 )
-from subfleet.core.units import IndexMap
 
 Begin = Literal["global", "personal"]
 """Where a client's personal model begins a round: at the server's model, or where it stopped."""
@@ -34,7 +32,7 @@ _OWN = "theta/"  # what a client keeps is named like this, and so is cut like th
 
 
 @dataclass(frozen=True)
-class PFedMe(Algorithm):
+class PFedMe(OneNetwork):
     """Each client trains a personal model theta_k near a copy w_k of the server's model.
 
     min_w sum_k F_k(w),  F_k(w) = min_theta L_k(theta) + (penalty / 2) |theta - w|^2
@@ -49,8 +47,7 @@ class PFedMe(Algorithm):
     round goes on from it. The statistics of w_k follow theta's by the same line as its
     weights. train.lr and train.momentum have no effect; `train.schedule` scales both rates,
     and train.weight_decay and train.clip_norm act on theta's gradient.
-
-    Everybody trains the largest network that the poorest tier can run.
+    Everybody trains the same network (`OneNetwork`).
     """
 
     penalty: float = 15.0
@@ -63,6 +60,7 @@ class PFedMe(Algorithm):
     paper: ClassVar[str] = "T. Dinh et al. 2020"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("penalty", "personal_lr", "eta", "beta"):
             if not getattr(self, name) >= 0:
                 raise InputError(
@@ -92,12 +90,8 @@ class PFedMe(Algorithm):
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """Everybody trains the same network."""
         del round
-        work = tasks(self.setting.net, cohort, lambda tier: self.setting.smallest.map)
+        work = tasks(self.setting.net, cohort, lambda tier: self.network)
         return RoundPlan(work, {0: state["params"]})
-
-    def views(self, state: State) -> dict[str, IndexMap]:
-        """There is one network: the global one, which every tier runs."""
-        return dict.fromkeys(super().views(state), self.setting.smallest.map)
 
     def phase(self, round: int) -> Phase:
         """One phase, with the round's rates."""
@@ -195,7 +189,7 @@ class Envelope:
             own = {n: theta[n].clone() for n in theta if n in self.statistics}
             return self.loss(net, weights | own, batch, noise, inputs)[0], own
 
-        gradient, (value, seen) = grad_and_value(loss, has_aux=True)(weights)
+        gradient, value, seen = net.gradient(loss, weights)
         if self.clip_norm is not None:
             norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
