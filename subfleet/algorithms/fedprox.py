@@ -18,7 +18,7 @@ from subfleet.core.units import IndexMap
 
 @dataclass(frozen=True)
 class FedProx(OneNetwork, IndexedAveraging):
-    """Every client trains the same network (`OneNetwork`), near where it began.
+    """Every client trains the same network, and is held near where it began.
 
     client:  min_w L_k(w) + (mu / 2) |w - w^t|^2,  so  w <- w - lr (g + mu (w - w^t))
     server:  w <- sum_k (n_k / sum n) w_k

@@ -26,7 +26,11 @@ NETS = {"plain": False, "norm": True}
 SIZES = [12, 3, 20, 9, 15, 1, 11, 2, 14, 6, 30, 4, 8, 5, 10]  # 12 train, 3 are held out
 WIDTHS = (1.0, 0.5, 0.25)
 # What learns a toy in ten rounds where the defaults, made for longer runs, do not.
-LEARNS = {"stc": {"width": 1.0, "rule": LocalRule(lr=0.3)}}
+LEARNS = {
+    "centralised": {"fraction": 1.0},  # of clients that are no pool each does all its epochs
+    "pfedme": {"width": 1.0, "penalty": 1.0, "personal_lr": 0.2, "eta": 0.5},
+    "stc": {"width": 1.0, "rule": LocalRule(lr=0.3)},
+}
 
 each_algorithm = pytest.mark.parametrize("name", NAMES)
 each_net = pytest.mark.parametrize("net", NETS)
