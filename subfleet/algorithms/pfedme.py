@@ -165,17 +165,19 @@ class Envelope:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One batch: theta's inner steps on it, and w_k's one. The loss is theta's before them."""
         w, theta = local["w"], local["theta"]
+        pull = self.personal_lr * self.penalty
         losses = []
         for _ in range(self.inner_steps):
             gradient, loss, seen = self._gradient(net, theta, batch["train"], noise, inputs)
             # theta <- theta - eta_p (grad L(theta; D) + lambda (theta - w_k))
+            #        = [theta + eta_p lambda (w_k - theta)] - eta_p grad L(theta; D)
             theta = seen | {
-                n: theta[n] - self.personal_lr * (g + self.penalty * (theta[n] - w[n]))
+                n: torch.lerp(theta[n], w[n], pull).add(g, alpha=-self.personal_lr)
                 for n, g in gradient.items()
             }
             losses.append(loss)
         # w_k <- w_k - eta lambda (w_k - theta)
-        w = {n: value - self.eta * self.penalty * (value - theta[n]) for n, value in w.items()}
+        w = {n: torch.lerp(value, theta[n], self.eta * self.penalty) for n, value in w.items()}
         return {"w": w, "theta": theta}, {"loss": losses[0]}
 
     def _gradient(
