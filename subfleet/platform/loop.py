@@ -110,14 +110,18 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     return Trained(result, loss, len(schedule), rows, healthy, net.params)
 
 
-def _own_copy(params: Params) -> Params:
+def _own_copy(params: Params, net: Resident) -> Params:
     """A client's start that it may write to: BatchNorm updates its statistics in place."""
-    return {name: value.clone() for name, value in params.items()}
+    images = torch.channels_last if net.channels_last else torch.contiguous_format
+    return {
+        name: value.clone(memory_format=images if value.dim() == 4 else torch.contiguous_format)
+        for name, value in params.items()
+    }
 
 
 def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) -> Trained:
     inputs = chunk.inputs(index)
-    local = program.init(net, _own_copy(chunk.start(index)), chunk.kept(index), inputs)
+    local = program.init(net, _own_copy(chunk.start(index), net), chunk.kept(index), inputs)
     feeds = {
         name: (chunk.data(index, stream.part, net), _schedule(chunk, index, stream))
         for name, stream in program.streams.items()
@@ -155,7 +159,7 @@ def _run_client(chunk: Chunk, index: int, net: Resident, program: RunProgram) ->
 
     context = RunContext(
         supernet=chunk.net,
-        params=_own_copy(chunk.start(index)),
+        params=_own_copy(chunk.start(index), net),
         kept=chunk.kept(index),
         inputs=chunk.inputs(index),
         task=task,
