@@ -15,6 +15,7 @@ from subfleet.datasets import Federation, InMemory
 from subfleet.datasets.federation import offsets_of, split_clients, split_of
 from subfleet.datasets.pooled import Pooled
 from subfleet.datasets.synthetic import SyntheticFemnist
+from subfleet.datasets.tables import to_block, to_table
 
 PARTS = ("train", "val", "test", "all")
 
@@ -119,6 +120,14 @@ def test_it_is_not_streamed_though_its_rows_are_stored():
     given = apart()
     given.stored = True  # type: ignore[attr-defined]
     assert not getattr(Pooled(given, np.array([0, 1])), "stored", False)
+
+
+def test_its_rows_travel_as_any_other():
+    """Asked to stream it all the same, hosts get the rows that they would read."""
+    data, ids = Pooled(apart(), np.array([0, 3, 4])), np.array([0])
+    came = to_block([to_table(data, ids, "train")], ids, data.input_shape)
+    here = data.block(ids, "train")
+    assert all(np.array_equal(a, b) for a, b in zip(came, here, strict=True))
 
 
 def test_nobody_may_be_held_out():
