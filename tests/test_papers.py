@@ -238,6 +238,50 @@ def test_the_page_has_tables_figures_and_what_was_written_by_hand(
     assert "* toy, fedpa, seed 1: no time" in text
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_the_papers_own_scale_runs_the_files_as_they_are(
+    name: str, papers: Callable[[str], Any]
+) -> None:
+    adds = papers("adds")
+    options = adds.parsed(["--scale", "paper", "--data", "here"])
+    assert options.jobs == 0, "a run has all that the machine has"
+    for cell in adds.table(name, ROWS, options).cells([0], Path("nowhere")):
+        file = Experiment.load(FILES / f"{name}-{cell.label}.toml")
+        where = {"data.source": f"here/{name}"}
+        if name == "sent140":
+            where["data.glove"] = "here/sent140/glove.6B.300d.txt"
+        assert cell.experiment == file.with_values(where)
+
+
+def test_settings_are_tried_on_the_training_clients_alone(
+    papers: Callable[[str], Any], tmp_path: Path
+) -> None:
+    from subfleet.datasets.federation import split_of
+
+    def user(name: str) -> tuple[list, list]:
+        rows = [[str(i), "", "", name, f"{name}{i}", "training"] for i in range(10)]
+        return rows, [i % 2 for i in range(10)]
+
+    (tmp_path / "sent140").mkdir()
+    leaf_json(tmp_path / "sent140", {f"u{i}": user(f"u{i}") for i in range(10)})
+    words = ["--data", str(tmp_path), "--tables", "sent140", "--rows", "adds-slim", "--validate"]
+    words += ["--try", "adds-slim:arch_lr=0.5,penalty=0.0", "--try", "fedavg:no=1"]
+    adds = papers("adds")
+    table = adds.table("sent140", ["adds-slim"], adds.parsed(words))
+    plain, tried = table.rows
+    assert tried.title == "ADDS (slim), arch_lr=0.5, penalty=0.0"
+    assert tried.settings == plain.settings | {"algorithm.arch_lr": 0.5, "algorithm.penalty": 0.0}
+    cells = table.cells([3], tmp_path)
+    options = cells[0].experiment.data
+    inner = registry.build_data(options, seed=3)
+    whole = papers("samples").sent140(source=options.source, seed=3, vocabulary=2000)
+    ids, _ = split_of(whole, 3)
+    assert (whole.num_clients, inner.num_clients) == (10, len(ids))
+    for part in ("train", "test"):
+        own, theirs = (d.block(i, part) for d, i in ((inner, np.arange(len(ids))), (whole, ids)))
+        assert all(np.array_equal(a, b) for a, b in zip(own, theirs, strict=True))
+
+
 @pytest.mark.slow
 def test_the_script_makes_a_page_of_real_writers(
     papers: Callable[[str], Any],
@@ -252,7 +296,7 @@ def test_the_script_makes_a_page_of_real_writers(
     smaller = {"model.width": 0.05, "run.rounds": 2, "train.epochs": 1}
     monkeypatch.setitem(adds.SMALL, "femnist", adds.SMALL["femnist"] | smaller)
     words = ["--data", str(real_data), "--tables", "femnist", "--rows", "fedavg,adds-slim"]
-    words += ["--seeds", "0", "--jobs", "2", "--cache", str(tmp_path / "cells")]
+    words += ["--seeds", "0", "--jobs", "1", "--cache", str(tmp_path / "cells")]
     words += ["--out", str(tmp_path / "page" / "adds.md"), "--json", "-"]
     monkeypatch.setattr("sys.argv", ["adds.py", *words])
     adds.main()

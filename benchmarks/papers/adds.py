@@ -12,6 +12,11 @@ The page holds tables and figures; its last section is written by hand and kept.
     python benchmarks/papers/adds.py --scale paper --data DIR
 
 runs the files as they are, on Ray with all that the machine has; DIR has celeba, too.
+
+    python benchmarks/papers/adds.py --data DIR --tables femnist --rows adds-slim --seeds 0
+        --validate --try adds-slim:arch_lr=0.01 --try adds-slim:penalty=0.5
+
+tries other options on the training clients alone: what the tables are measured on is not seen.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ import measured
 import numpy as np
 import page
 from adds_numbers import (
+    NAMES,
     PAPER,
     PAPER_TARGETS,
     SETS,
@@ -60,24 +66,34 @@ def experiment_file(name: str, row: str) -> Experiment:
     return found.with_values({"algorithm.name": row}) if beside else found
 
 
-def table(name: str, rows: Sequence[str], data: Path, small: bool) -> Table:
+def table(name: str, rows: Sequence[str], options: argparse.Namespace) -> Table:
     """A table of the paper, or what is left of it when scaled down."""
-    source = {"data.source": str(data / name)}
+    small = options.scale == "small"
+    source = {"data.source": str(options.data / name)}
     base = experiment_file(name, "fedavg").with_values(source | (SMALL[name] if small else {}))
+    rate, about = None, ""
     if small:
         if name == "sent140":
             base = _without(base, "data", "glove")
+        if options.validate:
+            base = base.with_values({"data.of": base.data.name, "data.name": "samples:apart"})
         base, rate, about = _fitted(base)
-    else:
-        rate, about = None, ""
+    elif name == "sent140":
+        glove = options.data / name / base.data.options["glove"]
+        base = base.with_values({"data.glove": str(glove)})
     found = []
     for row in rows:
-        settings = _algorithm_settings(experiment_file(name, row))
+        experiment = experiment_file(name, row)
         if row.startswith("adds") and rate is not None:
-            settings["algorithm.arch_lr"] = rate
-        found.append(Row(row, TITLES[row], settings, _paper(name, row)))
+            experiment = experiment.with_values({"algorithm.arch_lr": rate})
+        found.append(Row(row, TITLES[row], _algorithm_settings(experiment), _paper(name, row)))
+        for other, words in options.tries:
+            if other == row:
+                changed = experiment.with_overrides([f"algorithm.{word}" for word in words])
+                label, title = (f"{one}, {', '.join(words)}" for one in (row, TITLES[row]))
+                found.append(Row(label, title, _algorithm_settings(changed)))
     targets = SMALL_TARGETS[name] if small else PAPER_TARGETS.get(name, (0.5, 0.6))
-    return Table(name, _title(base), base, tuple(found), targets, about)
+    return Table(name, NAMES[name], base, tuple(found), targets, about)
 
 
 def _without(experiment: Experiment, part: str, key: str) -> Experiment:
@@ -96,11 +112,6 @@ def _paper(name: str, row: str) -> dict[str, str]:
     return dict(zip(("acc_global", "acc_local", *last), words, strict=False))
 
 
-def _title(experiment: Experiment) -> str:
-    names = {"femnist": "FEMNIST", "celeba": "FedCelebA", "shakespeare": "Shakespeare"}
-    return names.get(experiment.data.name.rpartition(":")[2], "Sentiment140")
-
-
 def _fitted(base: Experiment) -> tuple[Experiment, float, str]:
     """The cohort and ADDS's rate as these data want them, and in words how that came."""
     data = build_data(base.data, seed=base.run.seed)
@@ -115,7 +126,7 @@ def _fitted(base: Experiment) -> tuple[Experiment, float, str]:
     about = (
         f"{data.num_clients} clients, of which {len(ids)} train ({base.run.cohort} a round) and "
         f"{len(held)} are held out; {data.sizes(ids, 'train').mean():.0f} training samples a "
-        f"client; {base.run.rounds} rounds of {train.epochs} local epochs, batch "
+        f"client; {base.run.rounds} rounds, local epochs {train.epochs}, batch "
         f"{train.batch_size}, SGD {train.lr} with momentum {train.momentum}; the model is "
         f"`{base.model.name}`, {_options(base.model.options)}. ADDS's η_A is {rate}: the "
         f"regulariser alone would then bring α to {KEPT} over a client's {steps:.1f} local steps "
@@ -217,6 +228,8 @@ def main() -> None:
     out = options.out
     words = page.command("benchmarks/papers/adds.py", sys.argv[1:])
     title = "ADDS, scaled down" if options.scale == "small" else "ADDS"
+    if options.validate:
+        title += ": training clients alone"
     parts = [page.heading(title, words), EXPLAINED]
     parts += [section(one, out.parent, out.stem) for one in tables]
     page.write(out, [*parts, page.missing_text(missing)], TRIED)
@@ -226,13 +239,13 @@ def main() -> None:
 def run(options: argparse.Namespace) -> tuple[list[Results], dict[str, str]]:
     """Runs what is not finished; returns what is, and which cells are missing and why."""
     small = options.scale == "small"
-    names = options.tables or (tuple(SMALL) if small else SETS)
+    names = options.tables or (tuple(SMALL) if small else tuple(SETS))
     tables, cells = [], []
     for name in names:
         rows = SMALL_ROWS[name] if small else tuple(PAPER[name])
         rows = [row for row in rows if options.rows is None or row in options.rows]
         if rows:
-            tables.append(table(name, rows, options.data, small))
+            tables.append(table(name, rows, options))
             cells.append(tables[-1].cells(options.seeds, options.cache))
 
     def say(text: str) -> None:
@@ -257,6 +270,19 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", default="0,1", help="with commas between")
     add("--tables", help=f"of {', '.join(SETS)}; all by default")
     add("--rows", help=f"of {', '.join(TITLES)}; all by default")
+    add(
+        "--try",
+        dest="tries",
+        action="append",
+        default=[],
+        metavar="ROW:KEY=VALUE,...",
+        help="a row more, with other options of its algorithm; repeatable",
+    )
+    add(
+        "--validate",
+        action="store_true",
+        help="train and hold out among the training clients alone, to choose settings by",
+    )
     add("--cache", type=Path, help="where cells are kept; cells/adds-SCALE by default")
     add("--jobs", type=int, help="cells at a time, a core each; 0: one by one on Ray")
     add("--minutes", type=float, default=90.0, help="no cell begins that would end later")
@@ -271,12 +297,23 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     if options.jobs is None:
         options.jobs = (os.cpu_count() or 1) if small else 0
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    options.tables = _chosen(arguments, "--tables", options.tables, tuple(SMALL) if small else SETS)
+    options.tables = _chosen(
+        arguments, "--tables", options.tables, tuple(SMALL) if small else tuple(SETS)
+    )
     options.rows = _chosen(arguments, "--rows", options.rows, tuple(TITLES))
     options.cache = options.cache or Path("cells") / f"adds-{options.scale}"
-    name = "adds.md" if small else "adds-paper.md"
-    options.out = options.out or ROOT / "docs" / "results" / name
+    options.tries = [_tried(arguments, text) for text in options.tries]
+    if options.out is None:
+        page = ROOT / "docs" / "results" / ("adds.md" if small else "adds-paper.md")
+        options.out = options.cache / "validation.md" if options.validate else page
     return options
+
+
+def _tried(arguments: argparse.ArgumentParser, text: str) -> tuple[str, list[str]]:
+    row, _, words = text.partition(":")
+    if row not in TITLES or "=" not in words:
+        arguments.error(f"--try {text}: not of the form ROW:KEY=VALUE, such as stc:p_up=0.01")
+    return row, words.split(",")
 
 
 def _chosen(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-SETS = ("femnist", "celeba", "shakespeare", "sent140")
+NAMES = {
+    "femnist": "FEMNIST",
+    "celeba": "FedCelebA",
+    "shakespeare": "Shakespeare",
+    "sent140": "Sentiment140",
+}
+SETS = tuple(NAMES)
 
 TITLES = {
     "centralised": "centralised",

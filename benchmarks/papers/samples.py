@@ -8,16 +8,19 @@ train and a test part follows the run's seed, as it does for whole data sets.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from subfleet.config import DataTable
 from subfleet.core.errors import InputError
 from subfleet.core.seeds import generator
-from subfleet.datasets.federation import offsets_of
+from subfleet.datasets.federation import offsets_of, split_of
 from subfleet.datasets.memory import InMemory
 from subfleet.datasets.reader import ClientRows, Faults, Reader
 from subfleet.datasets.sent140 import Sent140
 from subfleet.datasets.shakespeare import Shakespeare
+from subfleet.registry import build_data
 
 PART_SEED = 0
 
@@ -66,6 +69,30 @@ def sent140(
     users = _drawn(_read(reader, source), clients, least)
     xs, ys = [user.x for user in users], [user.y for user in users]
     return _sample(reader, source, xs, ys, seed=seed, test_share=test_share)
+
+
+def apart(*, of: str, seed: int = 0, **options: Any) -> Sample:
+    """The clients of the data set `of` that train under this seed, as a data set of their own.
+
+    A run on it holds out some of them, so that settings can be chosen without a look at the
+    clients that the whole data set holds out. `options` are those of `of`.
+    """
+    whole = build_data(DataTable(name=of, **options), seed=seed)
+    ids, _ = split_of(whole, seed)
+    blocks = [whole.block(ids, part) for part in ("train", "test")]
+    owner = np.concatenate([np.repeat(np.arange(len(ids)), np.diff(b.offsets)) for b in blocks])
+    order = np.argsort(owner, kind="stable")
+    made = Sample(
+        np.concatenate([block.x for block in blocks])[order],
+        np.concatenate([block.y for block in blocks])[order],
+        offsets_of(np.bincount(owner, minlength=len(ids))),
+        num_classes=whole.num_classes,
+        scale=whole.scale,
+        train=(np.arange(len(owner)) < len(blocks[0].y))[order],
+        name=f"{whole.name}-apart",
+    )
+    made.vocabulary = getattr(whole, "vocabulary", 0)
+    return made
 
 
 def _read(reader: Reader, source: str) -> list[ClientRows]:
