@@ -57,7 +57,8 @@ def sgd(
     dropped ones of a masked network have no gradient, but momentum and decay would move them.
     """
     if rule.clip_norm is not None:
-        norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+        norms = [torch.linalg.vector_norm(grad) for grad in grads.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         scale = (rule.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = {name: grad * scale for name, grad in grads.items()}
     moved, after = {}, {}
