@@ -70,7 +70,8 @@ def table(name: str, rows: Sequence[str], options: argparse.Namespace) -> Table:
     """A table of the paper, or what is left of it when scaled down."""
     small = options.scale == "small"
     source = {"data.source": str(options.data / name)}
-    base = experiment_file(name, "fedavg").with_values(source | (SMALL[name] if small else {}))
+    plain = experiment_file(name, "fedavg")
+    base = plain.with_values(source | (SMALL[name] if small else {}))
     rate, about = None, ""
     if small:
         if name == "sent140":
@@ -86,12 +87,12 @@ def table(name: str, rows: Sequence[str], options: argparse.Namespace) -> Table:
         experiment = experiment_file(name, row)
         if row.startswith("adds") and rate is not None:
             experiment = experiment.with_values({"algorithm.arch_lr": rate})
-        found.append(Row(row, TITLES[row], _algorithm_settings(experiment), _paper(name, row)))
+        found.append(Row(row, TITLES[row], _own_settings(experiment, plain), _paper(name, row)))
         for other, words in options.tries:
             if other == row:
                 changed = experiment.with_overrides([f"algorithm.{word}" for word in words])
                 label, title = (f"{one}, {', '.join(words)}" for one in (row, TITLES[row]))
-                found.append(Row(label, title, _algorithm_settings(changed)))
+                found.append(Row(label, title, _own_settings(changed, plain)))
     targets = SMALL_TARGETS[name] if small else PAPER_TARGETS.get(name, (0.5, 0.6))
     return Table(name, NAMES[name], base, tuple(found), targets, about)
 
@@ -102,8 +103,12 @@ def _without(experiment: Experiment, part: str, key: str) -> Experiment:
     return Experiment(**tables)
 
 
-def _algorithm_settings(experiment: Experiment) -> dict[str, Any]:
-    return {f"algorithm.{key}": v for key, v in experiment.to_tables()["algorithm"].items()}
+def _own_settings(experiment: Experiment, plain: Experiment) -> dict[str, Any]:
+    """A row's algorithm, and what its file says of training that FedAvg's does not."""
+    tables, others = experiment.to_tables(), plain.to_tables()["train"]
+    found = {f"algorithm.{key}": value for key, value in tables["algorithm"].items()}
+    own = {key: tables["train"].get(key, 0.0) for key in {*tables["train"], *others}}
+    return found | {f"train.{k}": v for k, v in sorted(own.items()) if others.get(k, 0.0) != v}
 
 
 def _paper(name: str, row: str) -> dict[str, str]:

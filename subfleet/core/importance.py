@@ -73,7 +73,9 @@ class Importance:
 
     def refuse_unknown(self) -> None:
         """`InputError` where some unit's importance cannot be told; tried without computing."""
-        module, x = self.net.module(device="meta").eval(), self.net.example(2, device="meta")
+        # Constants, such as frozen word vectors, come with their values: they move last.
+        module = self.net.module(device="meta").eval().to("meta")
+        x = self.net.example(2, device="meta")
         scores, passed = watched(module, lambda: module(x))
         if self.kind == "lrp":
             params = dict(module.named_parameters())
