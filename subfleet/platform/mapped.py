@@ -24,7 +24,7 @@ from subfleet.platform.steps import Stepper, chosen
 def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
     """Runs the chunk's clients at most `side_by_side` at a time, yielding them in task order."""
     resident.module.train()
-    for group in groups(len(chunk.tasks), chunk.choice.side_by_side):
+    for group in groups(len(chunk.tasks), chunk.choice.side_by_side, full=chunk.choice.compiled):
         if isinstance(chunk.program, LossProgram):
             yield from _loss_clients(chunk, group, resident, chunk.program)
         else:
@@ -32,16 +32,22 @@ def run(chunk: Chunk, resident: Resident) -> Iterator[Trained]:
             yield from _step_clients(chunk, group, resident, chunk.program)
 
 
-def groups(count: int, most: int) -> Iterator[range]:
+def groups(count: int, most: int, *, full: bool = False) -> Iterator[range]:
     """Runs of `count` clients, at most `most` long and as equal as can be: few shapes to trace.
+
+    `full`: all of length `most` but the last, since steps are compiled for that length alone.
 
     >>> [len(group) for group in groups(31, 16)], [len(group) for group in groups(33, 16)]
     ([16, 15], [11, 11, 11])
+    >>> [len(group) for group in groups(33, 16, full=True)]
+    [16, 16, 1]
     """
     parts = -(-count // most)
     first = 0
     for part in range(parts):
         last = first + count // parts + (part < count % parts)
+        if full:
+            last = min(first + most, count)
         yield range(first, last)
         first = last
 
