@@ -11,6 +11,7 @@ Legend: G groups of at most C units. Masks act where units are read
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -43,7 +44,7 @@ SHRINK = 0.95  # of all keep ratios together, until a tier's budget holds
 UNLIMITED = 2**62
 
 Local = dict[str, Any]
-"""A client at work: `params`, `velocity`, `ratio` [G], `passes` [G, C] and `drawn` [G, C]."""
+"""A client at work: `params`, `velocity`, `ratio` [G], `passes` and `drawn` [G, C], `step`."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class ADDS(Algorithm):
     (with `persist`, in a client's first only), `least_ratio` where it ends, `arch_lr` the rate
     of its steps. `epsilon` falls by `epsilon_decay` a round. `penalty` fixes lambda, which
     otherwise is NJSD + 0.5 of the client's labels. A tier's budget caps what its clients
-    return. A client whose validation rows make no batch (BatchNorm needs two) has the penalty
-    alone to move its alpha; one with a single row validates on it.
+    return. A client with a single row validates on the row that it trains on. With BatchNorm,
+    which needs two rows, a client that has but one to validate on has the penalty alone to
+    move its alpha.
     """
 
     importance: Kind = "slim"
@@ -92,12 +94,27 @@ class ADDS(Algorithm):
             )
         masks.refuse_joint_norms(self.setting.net, "adds")
         self._matter.refuse_unknown()
+        self._refuse_small_budgets()
 
     def _check(self, name: str, holds: bool, bounds: str) -> None:
-        if not holds:
+        if not (holds and math.isfinite(getattr(self, name) or 0.0)):
             raise InputError(
                 f"algorithm.{name}={getattr(self, name)} is outside {bounds}; give a value in it"
             )
+
+    def _refuse_small_budgets(self) -> None:
+        net = self.setting.net
+        least = net.cost(IndexMap.prefix(dict.fromkeys(self._rows.groups, 1)))
+        for tier, (macs, params) in zip(self.setting.tiers, self._limits, strict=True):
+            for name, cost, limit in (
+                ("flops", least.macs, int(macs)),
+                ("params", least.params, int(params)),
+            ):
+                if cost > limit:
+                    raise InputError(
+                        f"fleet tier {tier.name!r}: {name}={limit:,} is below the smallest "
+                        f"sub-network of {net.name!r}, {cost:,}; give it at least that"
+                    )
 
     @cached_property
     def _rows(self) -> UnitRows:
@@ -109,13 +126,17 @@ class ADDS(Algorithm):
 
     # --- the server --------------------------------------------------------------------------
 
+    def views(self, state: State) -> dict[str, IndexMap]:
+        """The whole network: what a tier's clients keep of it is their own."""
+        return dict.fromkeys(super().views(state), FULL)
+
     def phase(self, round: int) -> Phase:
         """One phase; the validation rows are drawn anew each round."""
         stream = self.setting.stream
         share = self.validation
         streams = {
-            "train": replace(stream, skip=share, take=1 - share),
-            "val": replace(stream, take=share, epochs=1, steps=None),
+            "train": replace(stream, redraw="round", skip=share, take=1 - share),
+            "val": replace(stream, redraw="round", take=share, epochs=1, steps=None),
         }
         rule = self.setting.rule.at(round)
         program = StepProgram(self._init, partial(self._step, rule), self._final, streams)
@@ -160,7 +181,8 @@ class ADDS(Algorithm):
             cost = self.setting.net.cost(tier.map)
             if tier.flops is None and tier.params is None:  # a width
                 return torch.tensor([cost.macs, cost.params])
-            return torch.tensor([tier.flops or UNLIMITED, tier.params or UNLIMITED])
+            given = (tier.flops, tier.params)
+            return torch.tensor([UNLIMITED if limit is None else limit for limit in given])
 
         return tuple(most(tier) for tier in self.setting.tiers)
 
@@ -176,6 +198,7 @@ class ADDS(Algorithm):
             "velocity": {name: torch.zeros_like(weight) for name, weight in weights.items()},
             "ratio": inputs["ratio"],
             "passes": nothing,
+            "step": nothing.new_zeros(()),
             "drawn": nothing + self._rows.real.to(nothing.device),
         }
 
@@ -230,13 +253,18 @@ class ADDS(Algorithm):
             if not self._matter.watches:
                 return mean_cross_entropy(net(thin, batch.x), batch), passes
             scores, passed = net.watched(thin, batch.x)
-            return mean_cross_entropy(scores, batch), self._matter.after(passes, passed, batch)
+            return mean_cross_entropy(scores, batch), self._matter.after(
+                passes, passed, batch, local["step"]
+            )
 
         grads, value, passes = net.gradient(loss, weights)
         left = masks.coverage(weights, self._rows.by_group(omega), self.setting.net.space)
         weights, velocity = sgd(rule, weights, grads, local["velocity"], left)
         changed = {"params": weights | rest, "velocity": velocity, "passes": passes}
-        return local | changed, {"loss": value}
+        # A ratio that is no number leaves weights that are: the loss tells of both.
+        healthy = torch.isfinite(local["ratio"]).all()
+        told = {"loss": torch.where(healthy, value, float("nan"))}
+        return local | changed | {"step": local["step"] + 1}, told
 
     def _masked(self, params: Params, omega: Tensor) -> Params:
         by_group, space = self._rows.by_group(omega), self.setting.net.space
@@ -252,8 +280,8 @@ class ADDS(Algorithm):
         """The most important units of each group, alpha C of them, within the tier's budget."""
         del net
         params: Params = local["params"]
-        ratio = local["ratio"].detach().cpu()
-        b = self._matter.of(params, local["passes"]).cpu()
+        ratio = torch.nan_to_num(local["ratio"].detach().cpu())
+        b = torch.nan_to_num(self._matter.of(params, local["passes"]).cpu())
         kept = self._top(b, ratio) if self.architecture == "top" else local["drawn"].cpu() > 0
         while not self._fits(kept, inputs["limits"].tolist()) and kept.sum() > len(kept):
             ratio = ratio * SHRINK

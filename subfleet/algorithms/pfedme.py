@@ -5,6 +5,7 @@ T. Dinh, Tran, Nguyen, "Personalized Federated Learning with Moreau Envelopes", 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -62,9 +63,9 @@ class PFedMe(OneNetwork):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("penalty", "personal_lr", "eta", "beta"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
-                    f"algorithm.{name}={getattr(self, name)} is negative; use 0 or more"
+                    f"algorithm.{name}={getattr(self, name)} is outside [0, inf); give a value in it"
                 )
         if self.inner_steps < 1:
             raise InputError(

@@ -26,10 +26,11 @@ MOMENTUM = 0.9  # of the running means, over a client's steps
 
 
 class Importance:
-    """Importances b [G, C] of the units of all groups, with running means `passes` [G, C].
+    """Importances b [G, C] of the units of all groups.
 
-    A step calls `looked_at` before it asks for `of`, and `after` with what went through the
-    layers as it trained. Numbers that are no unit's are 0.
+    `passes` [G, C] is what is known of what units pass on: for "lrp" the batch's relevance,
+    for "slim" running means of activations. A step calls `looked_at` before it asks for `of`,
+    and `after` with what went through the layers as it trained. What is no unit's is 0.
     """
 
     def __init__(self, net: SuperNetwork, kind: Kind, normalise: Literal["max", "none"]):
@@ -51,20 +52,25 @@ class Importance:
         return passes / passes.amax(1, keepdim=True).clamp(min=torch.finfo(passes.dtype).tiny)
 
     def looked_at(self, net: Net, params: Params, passes: Tensor, batch: Batch) -> Tensor:
-        """The running means with |mean over rows of each unit's relevance|, for "lrp" (11)."""
+        """|Mean over a batch's rows of each unit's relevance| for "lrp" (11)."""
         if self.kind != "lrp":
             return passes
         scores, passed = net.watched(self.aside(params), batch.x)
         true = torch.zeros_like(scores).scatter(1, batch.y.unsqueeze(1), 1.0)
         found = self.rows.passed_on(relevance.backwards(passed, params, scores * true))
         owed = {g: _mean(r.sum(2), batch).abs() for g, r in found.items()}
-        return _averaged(passes, self.rows.stacked(owed, like=passes))
+        return self.rows.stacked(owed, like=passes).detach()
 
-    def after(self, passes: Tensor, passed: list[Passed], batch: Batch) -> Tensor:
-        """The running means with each unit's mean activation over rows and positions."""
+    def after(self, passes: Tensor, passed: list[Passed], batch: Batch, step: Tensor) -> Tensor:
+        """The running means with each unit's mean activation over rows and positions.
+
+        `step` counts from 0: the first mean is the first batch's.
+        """
         found = self.rows.passed_on((one, one.input) for one in passed)
         means = {g: _mean(a.abs().mean(2), batch) for g, a in found.items()}
-        return _averaged(passes, self.rows.stacked(means, like=passes))
+        now = self.rows.stacked(means, like=passes).detach()
+        # m_t = (1 - 0.9) sum_i 0.9^(t-i) a_i / (1 - 0.9^t)
+        return passes + (now - passes) * (1 - MOMENTUM) / (1 - MOMENTUM ** (step + 1))
 
     def aside(self, params: Params) -> Params:
         """The same, with copies of the BatchNorm statistics that a mere look would move."""
@@ -89,10 +95,6 @@ class Importance:
                 f'algorithm.importance="{self.kind}" cannot tell how much units of '
                 f"{', '.join(missing)} matter in model {self.net.name!r}; {remedy}"
             )
-
-
-def _averaged(before: Tensor, now: Tensor) -> Tensor:
-    return MOMENTUM * before + (1 - MOMENTUM) * now.detach()
 
 
 def _mean(per_row: Tensor, batch: Batch) -> Tensor:

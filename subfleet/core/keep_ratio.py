@@ -59,7 +59,8 @@ def sampling(importance: Tensor, ratio: Tensor, epsilon: Tensor, real: Tensor) -
 
 
 # An operation of its own, since it ends when it is exact: it looks at values, which a function
-# under vmap cannot. Rows are independent, so that mapped clients are simply more of them.
+# under vmap cannot. A row stops moving when it is there, whatever the others still do, so that
+# mapped clients are simply more rows.
 @torch.library.custom_op("subfleet::keep_shift", mutates_args=())
 def _shift(b: Tensor, wanted: Tensor, epsilon: Tensor, real: Tensor) -> Tensor:
     """Beta [G]: Newton's steps inside a bracket that shrinks, halved where they do not help.
@@ -72,14 +73,15 @@ def _shift(b: Tensor, wanted: Tensor, epsilon: Tensor, real: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         p = torch.sigmoid((b - beta.unsqueeze(1)) / epsilon.unsqueeze(1)) * real
         surplus = p.sum(1) - wanted  # falls as beta grows
-        if not bool((surplus.abs() > bound).any()):  # NaN, of a client to be left out, ends it too
+        away = surplus.abs() > bound  # not so for NaN, of a client that will be left out
+        if not bool(away.any()):
             break
         low = torch.where(surplus > 0, beta, low)
         high = torch.where(surplus > 0, high, beta)
         # beta + h / |h'|;  h'(beta) = -sum p (1 - p) / epsilon
         newton = beta + surplus * epsilon / (p * (1 - p)).sum(1).clamp(min=1e-300)
         helps = (newton >= low) & (newton <= high) & ((newton - beta).abs() <= width / 2)
-        step = torch.where(helps, newton, (low + high) / 2)
+        step = torch.where(away, torch.where(helps, newton, (low + high) / 2), beta)
         beta, width = step, (step - beta).abs()
     return beta
 

@@ -28,7 +28,8 @@ def backwards(
 ) -> Iterator[tuple[Passed, Tensor]]:
     """Each layer with the relevance of its inputs, from the last layer to the first reached.
 
-    `relevance` [B, classes] is that of the scores. Ends before a layer that is not known, or
+    `relevance` [B, classes] is that of the scores. Each layer costs another pass: stop asking
+    when what is wanted has been met. Ends before a layer that is not known, or
     whose output is not, as it is, the next one's input: the network's own code did something
     in between.
     """

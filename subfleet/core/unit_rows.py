@@ -71,6 +71,14 @@ class UnitRows:
                 found.setdefault(group, []).append((name.rpartition(".")[0], binding))
         return found
 
+    @cached_property
+    def _read_by(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for group, layers in self._readers.items():
+            for name, _ in layers:
+                found.setdefault(name, set()).add(group)
+        return found
+
     def passed_on(self, seen: Iterable[tuple[Passed, Tensor]]) -> dict[str, Tensor]:
         """What came to the first reader of each group met: [B, C_g, positions].
 
@@ -78,8 +86,12 @@ class UnitRows:
         their relevance.
         """
         values: dict[str, Tensor] = {}
+        unmet = set(self._readers)
         for one, value in seen:
             values.setdefault(one.name, value)
+            unmet -= self._read_by.get(one.name, set())
+            if not unmet:
+                break
         found = {}
         for group, layers in self._readers.items():
             met = next(((name, b) for name, b in layers if name in values), None)

@@ -178,10 +178,10 @@ class Engine:
                 ):
                     seconds = perf_counter() - clock
                     tested = None
-                    own = trained.result.local or trained.params
-                    if bundle.local_test and own is not None and trained.healthy:
+                    network = trained.result.local or trained.params
+                    if bundle.local_test and network is not None and trained.healthy:
                         rows = _rows(blocks["test"], position)
-                        tested = evaluation.score(resident, own, *rows, self.work.scale)
+                        tested = evaluation.score(resident, network, *rows, self.work.scale)
                     tally.add(task, position, trained, seconds, tested)
                     clock = perf_counter()
         return tally.result(bundle.number, {"train": perf_counter() - started})
@@ -322,7 +322,8 @@ class _Tally:
                 "macs": macs,
                 "flops": float(BACKWARD * macs * trained.rows),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
-                "bytes_map": map_bytes,
+                # What an algorithm encodes itself has no map but its own.
+                "bytes_map": map_bytes if result.wire_bytes is None else 0,
                 "acc_local": tested[0] / tested[2] if tested and tested[2] else float("nan"),
                 "status": OK if healthy else SKIPPED,
             }

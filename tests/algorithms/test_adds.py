@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toys
 
 from subfleet.algorithms.adds import ADDS
 from subfleet.algorithms.fedavg import FedAvg
+from subfleet.core import masks, seeds
 from subfleet.core.algorithm import Cohort, TierSize
 from subfleet.core.errors import InputError
 from subfleet.core.program import LocalRule, Stream
 from subfleet.core.unit_rows import UnitRows
 from subfleet.core.units import IndexMap
 from subfleet.models import adds_mobilenet, sent_lstm, small_cnn, vgg
+from subfleet.platform import batches
 from subfleet.platform.evaluation import score
 from subfleet.platform.metrics import ClientsLog
 from subfleet.platform.record import Choice
@@ -139,6 +142,120 @@ def test_the_penalty_follows_the_labels():
     assert [t.weight for t in tasks] == [1.0] * 3
 
 
+# --- a whole client against the plain formulas --------------------------------------------------
+
+
+class Plain:
+    """A client of a VGG with three convolutions and two hidden FC layers, by torch alone.
+
+    It shares the order of its rows and the uniform numbers with the platform, and nothing
+    else: beta by bisection, masks on what is read, gradients by autograd.
+    """
+
+    layers = ("conv1", "conv2", "conv3", "fc1", "fc2")
+
+    def __init__(self, algorithm, data, client, round=1):
+        self.given, self.rule, self.round = algorithm, algorithm.setting.rule, round
+        ids = np.array([client])
+        block = data.block(ids, "train")
+        self.x, self.y = torch.from_numpy(block.x), torch.from_numpy(block.y)
+        self.rows = {
+            name: batches.steps(
+                stream, len(block.y), seed=0, round=round, client=client, min_batch=2
+            )
+            for name, stream in algorithm.phase(round).program.streams.items()
+        }
+        self.key = seeds.key(0, "noise", round=round, client=client)
+        self.sizes = [algorithm.setting.net.space.size(name) for name in self.layers]
+
+    def scores(self, p, x, omega, statistics=True, seen=None):
+        for i in (1, 2, 3):
+            x = F.relu(x) if i == 1 else F.relu(x) * omega[i - 2].view(1, -1, 1, 1)
+            x = F.conv2d(x, p[f"conv{i}.weight"], padding=1)
+            held = [p[f"norm{i}.running_mean"], p[f"norm{i}.running_var"]]
+            held = held if statistics else [value.clone() for value in held]
+            x = F.batch_norm(x, *held, p[f"norm{i}.weight"], p[f"norm{i}.bias"], True, 0.1, 1e-5)
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+        x = (F.relu(x) * omega[2].view(1, -1, 1, 1)).flatten(1)
+        for i in (1, 2):
+            x = F.relu(F.linear(x, p[f"fc{i}.weight"], p[f"fc{i}.bias"]))
+            if seen is not None:
+                seen.append(x.detach().mean(0).double())
+            x = x * omega[2 + i].view(1, -1)
+        return F.linear(x, p["fc3.weight"], p["fc3.bias"])
+
+    def probabilities(self, b, ratio, epsilon):
+        if ratio >= 1 - 1e-6:
+            return torch.ones_like(b), torch.zeros_like(b)
+        low, high = float(b.min()) - 50 * epsilon, float(b.max()) + 50 * epsilon
+        for _ in range(200):
+            beta = (low + high) / 2
+            more = float(torch.sigmoid((b - beta) / epsilon).sum()) > ratio * len(b)
+            low, high = (beta, high) if more else (low, beta)
+        p = torch.sigmoid((b - beta) / epsilon)
+        return p, len(b) * p * (1 - p) / (p * (1 - p)).sum()
+
+    def run(self, start, penalty):
+        given, rule = self.given, self.rule
+        epsilon = given.epsilon * given.epsilon_decay ** (self.round - 1)
+        p = {name: value.clone() for name, value in start.items()}
+        velocity = {n: torch.zeros_like(v) for n, v in p.items() if "running" not in n}
+        ratio, active = [given.ratio] * 5, [torch.zeros(s) for s in self.sizes[3:]]
+        for step, rows in enumerate(self.rows["train"]):
+            b = [p[f"norm{i}.weight"].abs().double() for i in (1, 2, 3)]
+            b = [v / v.max().clamp(min=1e-30) for v in (*b, *(a.double() for a in active))]
+            uniform = seeds.uniform(torch.tensor(self.key + step), (5, max(self.sizes)))
+            omega, slopes = [], []
+            for g, size in enumerate(self.sizes):
+                keep, slope = self.probabilities(b[g], ratio[g], epsilon)
+                drawn = (uniform[g, :size] < keep).float()
+                if not drawn.any():
+                    drawn[keep.argmax()] = 1
+                omega.append(drawn.requires_grad_())
+                slopes.append(slope)
+            some = self.rows["val"][step % len(self.rows["val"])]
+            loss = F.cross_entropy(self.scores(p, self.x[some], omega, False), self.y[some])
+            for g, grad in enumerate(torch.autograd.grad(loss, omega)):
+                slope = float((grad.double() * slopes[g]).sum()) + 2 * penalty * ratio[g]
+                ratio[g] = min(1.0, max(given.least_ratio, ratio[g] - given.arch_lr * slope))
+            omega = [drawn.detach() for drawn in omega]
+            seen = []
+            leaves = {n: v.clone().requires_grad_() for n, v in p.items() if n in velocity}
+            scores = self.scores(p | leaves, self.x[rows], omega, seen=seen)
+            grads = torch.autograd.grad(F.cross_entropy(scores, self.y[rows]), [*leaves.values()])
+            # The mean with weights 1, 0.9, 0.81, ... from the newest on.
+            share = 0.1 / (1 - 0.9 ** (step + 1))
+            active = [a + (s - a) * share for a, s in zip(active, seen, strict=True)]
+            left = masks.coverage(
+                leaves, dict(zip(self.layers, omega, strict=True)), given.setting.net.space
+            )
+            for (name, w), grad in zip(leaves.items(), grads, strict=True):
+                v = rule.momentum * velocity[name] + grad + rule.weight_decay * w
+                velocity[name] = v.detach()
+                p[name] = (w - rule.lr * v * left.get(name, 1.0)).detach()
+        return ratio, p
+
+
+@pytest.mark.parametrize("round", [1, 30])
+def test_a_client_equals_the_plain_formulas(round):
+    net = vgg(width=0.125, input_shape=(1, 12, 12), num_classes=5)
+    rule = LocalRule(lr=0.05, momentum=0.9, weight_decay=0.01)
+    options = {"penalty": 0.7, "arch_lr": 0.05, "ratio": 0.8, "epsilon": 0.5}
+    algorithm = adds(net, rule, Stream(batch=7, epochs=2), **options)
+    data, start = toys.federation([50], (1, 12, 12), 5, seed=3), net.init(0)
+    state, result = toys.one_round(algorithm, data, algorithm.init(start), [0], round=round)
+    ratio, expected = Plain(algorithm, data, 0, round).run(start, 0.7)
+    assert list(result.reports[0]["ratio"].values()) == pytest.approx(ratio, abs=1e-5)
+    assert len({round_(r) for r in ratio}) > 3  # the task moved them apart
+    for name, value in state["params"].items():
+        moved = value != start[name]  # what the client kept and so what was merged
+        assert torch.allclose(value[moved], expected[name][moved], atol=1e-5), name
+
+
+def round_(value):
+    return round(value, 3)
+
+
 # --- what is sent, charged and tested -----------------------------------------------------------
 
 
@@ -155,12 +272,15 @@ def test_bytes_are_the_parameters_kept_and_a_bit_for_each_unit(tmp_path):
     table = ClientsLog(tmp_path / "run" / "clients").read().to_pydict()
     everything = net.space.slice_numel(toys.FULL)
     assert set(table["bytes_down"]) == {4 * everything + 4}
-    units = net.space.num_units
-    for up, params, macs in zip(table["bytes_up"], table["params"], table["macs"], strict=True):
-        assert (up - math.ceil(units / 8)) % 4 == 0
-        statistics = (up - math.ceil(units / 8)) // 4 - params  # two for each channel kept
-        assert 0 < statistics <= 2 * 10 and statistics % 2 == 0
+    for params, macs in zip(table["params"], table["macs"], strict=True):
         assert params < net.stored_params(toys.FULL, "local") and macs < net.cost().macs
+    _, result = one_round(algorithm, images(), [0, 1, 2])
+    for client in range(3):
+        (up, units) = result.table["bytes_up"][client], result.reports[client]["units"]
+        c1, c2, f = units["conv1"], units["conv2"], units["fc1"]
+        convs = (9 * c1 + c1) + (9 * c1 * c2 + c2) + 4 * (c1 + c2)  # norms: four each
+        entries = convs + (4 * c2 * f + f) + (f * 4 + 4)
+        assert up == 4 * entries + math.ceil((4 + 6 + 10) / 8)
 
 
 def test_what_nobody_kept_stays_as_it_was():
@@ -197,6 +317,16 @@ def test_the_local_test_is_of_the_sub_network():
     found = score(own, result.local, block.x, block.y, data.scale)
     expected = score(small, result.update, block.x, block.y, data.scale)
     assert found[0] == expected[0] and found[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"resample": True}, {"normalise": "none"}])
+def test_options_change_what_is_learnt(options):
+    default, other = (
+        one_round(adds(penalty=1.5, arch_lr=0.05, **given), images(), [0, 1])[0]["params"]
+        for given in ({}, options)
+    )
+    assert not toys.same_bits(default, other)
+    assert all(torch.isfinite(value).all() for value in other.values())
 
 
 @pytest.mark.parametrize("limit", ["flops", "params"])
@@ -252,11 +382,18 @@ def test_tiny_clients_take_part(size, norm):
         ({"arch_lr": -0.1}, r"arch_lr=-0.1 is outside"),
         ({"validation": 1.0}, r"validation=1.0 is outside \(0, 1\)"),
         ({"epsilon": float("nan")}, r"epsilon=nan is outside"),
+        ({"arch_lr": float("inf")}, r"arch_lr=inf is outside \[0, inf\)"),
     ],
 )
 def test_bad_options_are_named_with_their_bounds(options, words):
     with pytest.raises(InputError, match=words):
         adds(**options)
+
+
+def test_a_budget_that_not_even_one_unit_a_layer_meets_is_refused():
+    setting = replace(adds().setting, tiers=(TierSize("tiny", 1.0, toys.FULL, flops=100),))
+    with pytest.raises(InputError, match=r"tier 'tiny': flops=100 is below .* give it at least"):
+        ADDS(setting)
 
 
 def test_models_that_cannot_be_sampled_are_refused():

@@ -158,6 +158,27 @@ def test_wide_parameters_stay_wide(name):
 
 @each_algorithm
 @each_net
+def test_a_client_whose_training_is_not_finite_is_left_out(name, net):
+    """Its rows hold an infinity; the others are merged as if it had not been there."""
+    sick = data()
+    healthy = sick.block
+
+    def block(ids, part):
+        found = healthy(ids, part)
+        x, at = found.x.copy(), ids.tolist().index(2)
+        x[found.offsets[at] : found.offsets[at + 1]] = np.inf
+        return found._replace(x=x)
+
+    sick.block = block
+    made = algorithm(name, net)
+    state, result = toys.one_round(made, sick, made.init(made.setting.net.init(3)), [0, 2, 4])
+    found = dict(zip(result.table["client"].tolist(), result.table["status"].tolist(), strict=True))
+    assert found == {0: "ok", 2: "skipped", 4: "ok"}
+    assert all(torch.isfinite(value).all() for value in made.model(state).values())
+
+
+@each_algorithm
+@each_net
 def test_a_toy_is_learned(name, net, tmp_path):
     made = algorithm(name, net, rounds=10, **LEARNS.get(name, {}))
     toys.run(toys.job(made, data(), eval_every=1, cohort=12), tmp_path / "run")

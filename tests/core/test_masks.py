@@ -93,6 +93,6 @@ def test_a_dropped_unit_has_the_slope_of_its_activation():
 
 def test_norms_over_channels_are_refused():
     net = small_cnn(input_shape=(1, 8, 8), num_classes=3, norm="group")
-    with pytest.raises(InputError, match=r"layer 'norm1': GroupNorm .* adds .* norm = .batch"):
+    with pytest.raises(InputError, match=r"layer .norm1.: GroupNorm .* adds .*norm = .batch"):
         masks.refuse_joint_norms(net, "adds")
     masks.refuse_joint_norms(vgg(width=0.125), "adds")
