@@ -7,7 +7,10 @@ DIR has the folders femnist, shakespeare and sent140 with their publishers' file
 those of `examples/papers/adds/`, on less data, with smaller networks and for fewer rounds.
 Finished cells in --cache are not run again, so that the same command goes on where it
 stopped; an estimate is printed first, and no cell begins that would end after --minutes.
-The page holds tables and figures; its last section is written by hand and kept.
+The page holds tables and figures; its last section is written by hand and kept. With --tables
+or --rows only these are run, and a page of them goes beside the cells: the same command
+without them then finds these cells finished and writes the whole page, and so does --page-only,
+which runs nothing.
 
     python benchmarks/papers/adds.py --scale paper --data DIR
 
@@ -16,7 +19,9 @@ runs the files as they are, on Ray with all that the machine has; DIR has celeba
     python benchmarks/papers/adds.py --data DIR --tables femnist --rows adds-slim --seeds 0
         --validate --try adds-slim:arch_lr=0.01 --try adds-slim:penalty=0.5
 
-tries other options on the training clients alone: what the tables are measured on is not seen.
+tries other options on a data set apart: of the clients that seeds 0 and 1 and those of --seeds
+all train on, the train rows, split anew. Clients that one of them holds out and rows that one of
+them tests on are not in it.
 """
 
 from __future__ import annotations
@@ -25,14 +30,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import adds_page
 import common
-import figures
 import measured
-import numpy as np
 import page
 from adds_numbers import (
     NAMES,
@@ -40,22 +44,22 @@ from adds_numbers import (
     PAPER_TARGETS,
     SETS,
     SMALL,
+    SMALL_NOTES,
     SMALL_ROWS,
     SMALL_TARGETS,
+    TEXTS,
     TITLES,
 )
+from adds_rate import fitted
 from common import Row, Table
 from measured import Results
 
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError
-from subfleet.core.skew import njsd
-from subfleet.datasets.federation import split_of
-from subfleet.registry import build_data
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "examples" / "papers" / "adds"
-KEPT = 0.4  # what the regulariser alone would leave of alpha after a client's steps
+REPORTED = (0, 1)  # the seeds of the page
 TRIED = "## What was tried\n\nNothing beyond the settings above yet."
 
 
@@ -78,7 +82,10 @@ def table(name: str, rows: Sequence[str], options: argparse.Namespace) -> Table:
             base = _without(base, "data", "glove")
         if options.validate:
             base = base.with_values({"data.of": base.data.name, "data.name": "samples:apart"})
-        base, rate, about = _fitted(base)
+            seen = sorted({*REPORTED, *options.seeds})
+            base = base.with_values({"data.seeds": seen})
+        base, rate, about = fitted(base, each=name in TEXTS)
+        about = f"{about} {SMALL_NOTES.get(name, '')}".strip()
     elif name == "sent140":
         glove = options.data / name / base.data.options["glove"]
         base = base.with_values({"data.glove": str(glove)})
@@ -117,107 +124,6 @@ def _paper(name: str, row: str) -> dict[str, str]:
     return dict(zip(("acc_global", "acc_local", *last), words, strict=False))
 
 
-def _fitted(base: Experiment) -> tuple[Experiment, float, str]:
-    """The cohort and ADDS's rate as these data want them, and in words how that came."""
-    data = build_data(base.data, seed=base.run.seed)
-    ids, held = split_of(data, base.run.seed)
-    base = base.with_values({"run.cohort": max(1, round(0.3 * len(ids)))})
-    counts, train = data.label_counts(ids), base.train
-    lambdas = njsd(counts) + 0.5
-    # A client's own part of 10 % chooses the architecture, the rest trains.
-    batches = np.ceil(np.maximum(data.sizes(ids, "train") * 0.9, 1) / train.batch_size)
-    steps, mean = float((train.epochs or 1) * batches.mean()), float(lambdas.mean())
-    rate = float(f"{(1 - KEPT ** (1 / steps)) / (2 * mean):.2g}")
-    about = (
-        f"{data.num_clients} clients, of which {len(ids)} train ({base.run.cohort} a round) and "
-        f"{len(held)} are held out; {data.sizes(ids, 'train').mean():.0f} training samples a "
-        f"client; {base.run.rounds} rounds, local epochs {train.epochs}, batch "
-        f"{train.batch_size}, SGD {train.lr} with momentum {train.momentum}; the model is "
-        f"`{base.model.name}`, {_options(base.model.options)}. ADDS's η_A is {rate}: the "
-        f"regulariser alone would then bring α to {KEPT} over a client's {steps:.1f} local steps "
-        f"at the mean λ of {mean:.2f}, (1 − 2 η_A λ)^steps = {KEPT}."
-    )
-    return base, rate, about
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in options.items()) or "as it is"
-
-
-# --- the page --------------------------------------------------------------------------------
-
-
-def section(results: Results, folder: Path, stem: str) -> str:
-    """A table's part of the page; draws its figures into `folder`."""
-    name, full = results.table.name, results.full
-    parts = [f"## {results.table.title}", results.table.about]
-    parts.append(measured.table_text(results, measured.accuracy_columns()))
-    if name in ("femnist", "celeba"):
-        parts.append(measured.table_text(results, measured.size_columns(full)))
-    else:
-        parts.append(measured.table_text(results, measured.size_columns(full)[1::2]))
-    parts.append(measured.table_text(results, measured.cost_columns(results)))
-    if name in PAPER_TARGETS:
-        words = " / ".join(f"{100 * target:.0f}" for target in PAPER_TARGETS[name])
-        parts.append(f"The paper's rounds are to {words} %.")
-    for key, words in (("acc_global", "Accuracy of the global model"), ("loss_global", "Its loss")):
-        path = figures.curves(results, key, folder / f"{stem}-{name}-{key}.png")
-        parts.append(f"![{words} over rounds, mean over seeds]({path.name})")
-    path = figures.local_histograms(results, folder / f"{stem}-{name}-acc-local.png")
-    parts.append(f"![Clients' own accuracies]({path.name})")
-    return "\n\n".join([*parts, *_architectures(results, folder, stem)])
-
-
-def _architectures(results: Results, folder: Path, stem: str) -> list[str]:
-    """The paper's Figures 5 and 8, of the rows in which clients choose their own network."""
-    lines = [line for line in results.lines if line.row.name.startswith("adds")]
-    points = {}
-    for line in lines:
-        xs = np.concatenate([measured.divergences(one) for one in line.finished])
-        ys = np.concatenate([one.clients.params for one in line.finished])
-        points[line.row.title] = (xs, 100 * ys / results.full["params"])
-    parts = []
-    if points:
-        path = folder / f"{stem}-{results.table.name}-divergence.png"
-        found = figures.scatter(
-            points, path, x="normalised JSD of a client's labels", y="parameters, % of the whole"
-        )
-        words = ", ".join(f"{title} {r:.2f}" for title, r in found.items())
-        parts.append(
-            f"Size of a client's last sub-network against the divergence of its labels (the "
-            f"paper's Fig. 8 finds a negative correlation); correlation: {words}.\n\n"
-            f"![Size of sub-networks against divergence]({path.name})"
-        )
-    ratios = {line.row.title: _ratios(line) for line in lines}
-    ratios = {title: groups for title, groups in ratios.items() if groups}
-    if ratios:
-        path = figures.keep_ratios(ratios, folder / f"{stem}-{results.table.name}-keep.png")
-        parts.append(
-            "Share of units that clients keep, layer by layer, in their last round (the paper's "
-            f"Fig. 5 samples deep layers most):\n\n![Keep ratios of layers]({path.name})"
-        )
-    return parts
-
-
-def _ratios(line: measured.Line) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for one in line.finished:
-        for group, values in measured.own_ratios(one, "ratio").items():
-            found.setdefault(group, []).extend(values)
-    return found
-
-
-EXPLAINED = """\
-Acc_G is the accuracy of the global model on all samples of the clients held out, in percent;
-Acc_L the mean over clients of the accuracy of a client's own network on its own test part,
-before merging, in its most recent round. The best 5-round mean is the largest mean of Acc_G
-over five successive rounds; rounds to a target count to the first such mean that reaches it.
-±: sample standard deviation over seeds. Parameters (biases and norms included) and operations
-(multiply-accumulates) are means over the clients of the last round, with their share of the
-whole network's. Seconds: median over clients of the wall-clock time of local training on one
-core. A dash: it does not apply, or was not reached."""
-
-
 def main() -> None:
     options = parsed()
     try:
@@ -231,18 +137,31 @@ def main() -> None:
         else:
             Path(options.json).write_text(text + "\n")
     out = options.out
-    words = page.command("benchmarks/papers/adds.py", sys.argv[1:])
+    # The command that makes the cells, which --page-only does not.
+    words = [word for word in sys.argv[1:] if word != "--page-only"]
     title = "ADDS, scaled down" if options.scale == "small" else "ADDS"
     if options.validate:
         title += ": training clients alone"
-    parts = [page.heading(title, words), EXPLAINED]
-    parts += [section(one, out.parent, out.stem) for one in tables]
+    parts = [
+        page.heading(
+            title,
+            adds_page.summary(tables),
+            page.command("benchmarks/papers/adds.py", words),
+            [made_on for one in tables for made_on in one.environments()],
+        ),
+        adds_page.EXPLAINED,
+    ]
+    small = options.scale == "small"
+    parts += [adds_page.section(one, out.parent, out.stem, small) for one in tables]
     page.write(out, [*parts, page.missing_text(missing)], TRIED)
     print(out)
 
 
 def run(options: argparse.Namespace) -> tuple[list[Results], dict[str, str]]:
-    """Runs what is not finished; returns what is, and which cells are missing and why."""
+    """Runs what is not finished, unless for the page only.
+
+    Returns what is finished, and which cells are missing and why.
+    """
     small = options.scale == "small"
     names = options.tables or (tuple(SMALL) if small else tuple(SETS))
     tables, cells = [], []
@@ -257,9 +176,12 @@ def run(options: argparse.Namespace) -> tuple[list[Results], dict[str, str]]:
         print(text, file=sys.stderr, flush=True)
 
     todo = [cell for some in cells for cell in some]
-    missing = common.run(
-        todo, jobs=options.jobs, local=options.jobs > 0, minutes=options.minutes, say=say
-    )
+    if options.page_only:
+        missing = {common.name(cell): "not run yet" for cell in todo if cell.done() is None}
+    else:
+        missing = common.run(
+            todo, jobs=options.jobs, local=options.jobs > 0, minutes=options.minutes, say=say
+        )
     found = [measured.results(one, some) for one, some in zip(tables, cells, strict=True)]
     return [one for one in found if one is not None], missing
 
@@ -267,7 +189,9 @@ def run(options: argparse.Namespace) -> tuple[list[Results], dict[str, str]]:
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the page's command knows options by their whole name
     )
     add = arguments.add_argument
     add("--scale", choices=("small", "paper"), default="small")
@@ -286,12 +210,13 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add(
         "--validate",
         action="store_true",
-        help="train and hold out among the training clients alone, to choose settings by",
+        help="train and hold out among what neither the page's seeds nor --seeds measure on",
     )
     add("--cache", type=Path, help="where cells are kept; cells/adds-SCALE by default")
     add("--jobs", type=int, help="cells at a time, a core each; 0: one by one on Ray")
     add("--minutes", type=float, default=90.0, help="no cell begins that would end later")
-    add("--out", type=Path, help="the page; figures go beside it")
+    add("--page-only", action="store_true", help="write the page of finished cells, run none")
+    add("--out", type=Path, help="the page, figures beside it; of a part of it CACHE/part.md")
     add("--json", help="a file for all figures; - prints them")
     options = arguments.parse_args(words)
     small = options.scale == "small"
@@ -309,9 +234,18 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     options.cache = options.cache or Path("cells") / f"adds-{options.scale}"
     options.tries = [_tried(arguments, text) for text in options.tries]
     if options.out is None:
-        page = ROOT / "docs" / "results" / ("adds.md" if small else "adds-paper.md")
-        options.out = options.cache / "validation.md" if options.validate else page
+        options.out = _page(options)
     return options
+
+
+def _page(options: argparse.Namespace) -> Path:
+    """Where the page goes: a part of it is not written over the whole."""
+    if options.validate:
+        return options.cache / "validation.md"
+    if options.tables or options.rows or options.tries:
+        return options.cache / "part.md"
+    name = "adds.md" if options.scale == "small" else "adds-paper.md"
+    return ROOT / "docs" / "results" / name
 
 
 def _tried(arguments: argparse.ArgumentParser, text: str) -> tuple[str, list[str]]:

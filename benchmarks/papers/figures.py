@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from correlation import correlation
 from measured import Results
 
 from subfleet.dashboards.plots import accuracy_plot
@@ -56,9 +57,14 @@ def _panels(number: int, columns: int, size: tuple[float, float]) -> tuple[objec
     return figure, panels[:number]
 
 
-def local_histograms(results: Results, path: Path) -> Path:
-    """How clients' own accuracies are spread, with a smoothed density; a panel each row."""
+def local_histograms(results: Results, path: Path) -> Path | None:
+    """How clients' own accuracies are spread, with a smoothed density; a panel each row.
+
+    None, and no figure, where no row has clients.
+    """
     lines = [line for line in results.lines if not line.finished[0].pooled]
+    if not lines:
+        return None
     figure, panels = _panels(len(lines), 4, (2.4, 2.0))
     for axes, line in zip(panels, lines, strict=True):
         own = 100 * np.concatenate([one.clients.acc_local for one in line.finished])
@@ -78,37 +84,35 @@ def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.exp(-(distance**2) / 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
 
 
-def scatter(
-    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path, *, x: str, y: str
-) -> dict[str, float]:
-    """Points, a panel each title, with the straight line of least squares.
+class Points(NamedTuple):
+    """Of each client two numbers and, for its colour, a third; arrays [clients]."""
 
-    Returns the correlation coefficient of each panel, NaN where nothing varies.
-    """
+    x: np.ndarray
+    y: np.ndarray
+    colour: np.ndarray
+
+
+def scatter(panels: Mapping[str, Points], path: Path, *, x: str, y: str, colour: str) -> Path:
+    """Points, a panel each title, with the straight line of least squares and its correlation."""
     figure, all_axes = _panels(len(panels), 3, (3.4, 2.8))
-    found = {}
-    for axes, (title, (xs, ys)) in zip(all_axes, panels.items(), strict=True):
-        found[title] = correlation(xs, ys)
-        axes.scatter(xs, ys, s=12, color=BLUE, alpha=0.6)
-        if found[title] == found[title]:
-            ends = np.array([xs.min(), xs.max()])
-            axes.plot(ends, np.polyval(np.polyfit(xs, ys, 1), ends), color=ORANGE, linestyle="--")
-        axes.set_title(f"{title}: r = {found[title]:.2f}", fontsize=9)
+    every = np.concatenate([points.colour for points in panels.values()])
+    drawn = None
+    for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
+        r = correlation(points.x, points.y)
+        # Cividis looks the same to those who do not tell red from green.
+        drawn = axes.scatter(
+            *(points.x, points.y, 14, points.colour),
+            **{"cmap": "cividis", "vmin": every.min(), "vmax": every.max()},
+        )
+        if r == r:
+            ends = np.array([points.x.min(), points.x.max()])
+            line = np.polyval(np.polyfit(points.x, points.y, 1), ends)
+            axes.plot(ends, line, color=ORANGE, linestyle="--")
+        axes.set_title(f"{title}: r = {r:.2f}", fontsize=9)
+    figure.colorbar(drawn, ax=all_axes, label=colour)  # type: ignore[attr-defined]
     figure.supxlabel(x, fontsize=9)  # type: ignore[attr-defined]
     figure.supylabel(y, fontsize=9)  # type: ignore[attr-defined]
-    _saved(figure, path)
-    return found
-
-
-def correlation(xs: np.ndarray, ys: np.ndarray) -> float:
-    """Pearson's coefficient.
-
-    >>> round(correlation(np.array([0.0, 1.0, 2.0]), np.array([4.0, 2.0, 0.0])), 6)
-    -1.0
-    """
-    if len(xs) < 2 or xs.std() == 0 or ys.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(xs, ys)[0, 1])
+    return _saved(figure, path)
 
 
 def keep_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:

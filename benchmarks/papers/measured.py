@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Clients:
     acc_local: np.ndarray
     params: np.ndarray
     macs: np.ndarray
+    steps: np.ndarray
 
 
 class Finished:
@@ -42,7 +44,7 @@ class Finished:
     @cached_property
     def _rows(self) -> dict[str, np.ndarray]:
         table = self.run.clients()
-        names = ("round", "client", "acc_local", "params", "macs", "seconds")
+        names = ("round", "client", "acc_local", "params", "macs", "steps", "seconds")
         columns = {name: table.column(name).to_numpy() for name in names}
         merged = np.array([status == "ok" for status in table.column("status").to_pylist()])
         return {name: values[merged] for name, values in columns.items()}
@@ -55,7 +57,8 @@ class Finished:
         order = np.lexsort((rows["round"], rows["client"]))
         ids, first = np.unique(rows["client"][order][::-1], return_index=True)
         last = order[::-1][first]
-        return Clients(ids, *(rows[name][last] for name in ("acc_local", "params", "macs")))
+        names = ("acc_local", "params", "macs", "steps")
+        return Clients(ids, *(rows[name][last] for name in names))
 
     @cached_property
     def accuracy(self) -> np.ndarray:
@@ -86,6 +89,7 @@ class Finished:
         own, pooled = self.clients.acc_local, self.pooled
         return {
             "acc_global": 100 * float(self.accuracy[-1]),
+            "acc_global_last_5": 100 * float(self.smooth[-1]),
             "acc_global_best": 100 * float(self.smooth.max()),
             "acc_local": float("nan") if pooled or not len(own) else 100 * float(own.mean()),
             "params": float(self._rows["params"][last].mean()),
@@ -124,15 +128,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Results:
-    """A table and what is finished of it; `full` has the whole network's params and macs."""
+    """A table and what is finished of it.
+
+    `full` has the whole network's params and macs, `units` the size of its unit groups.
+    """
 
     table: Table
     lines: Sequence[Line]
     full: Mapping[str, float]
+    units: Mapping[str, int]
 
     def line(self, name: str) -> Line | None:
         """The row of that name, if a cell of it is finished."""
         return next((line for line in self.lines if line.row.name == name), None)
+
+    def environments(self) -> list[dict[str, Any]]:
+        """What each cell was made on, as its run folder says."""
+        finished = [one for line in self.lines for one in line.finished]
+        return [json.loads((one.run.path / "environment.json").read_text()) for one in finished]
 
     def to_json(self) -> dict[str, Any]:
         """All figures of all seeds."""
@@ -164,13 +177,10 @@ def results(table: Table, cells: Sequence[Cell]) -> Results | None:
             lines.append(Line(row, finished))
     if not lines:
         return None
-    return Results(table, lines, _full(table))
-
-
-def _full(table: Table) -> dict[str, float]:
     federation = build_data(table.experiment.data, seed=table.experiment.run.seed)
     net = build_model(table.experiment.model, **model_facts(federation))
-    return {"params": net.stored_params(FULL, "local"), "macs": net.cost(FULL).macs}
+    full = {"params": net.stored_params(FULL, "local"), "macs": net.cost(FULL).macs}
+    return Results(table, lines, full, {g: net.space.size(g) for g in net.space.widths})
 
 
 # --- numbers as text -------------------------------------------------------------------------
@@ -232,8 +242,11 @@ def accuracy_columns() -> list[Column]:
     """Accuracies in percent beside the paper's."""
     return [
         ("Acc_G, paper", lambda line: line.row.paper.get("acc_global", "–")),
-        ("Acc_G, last round", lambda line: plus_minus(line.values("acc_global"))),
-        ("Acc_G, best 5-round mean", lambda line: plus_minus(line.values("acc_global_best"))),
+        ("Acc_G, last 5 rounds", lambda line: plus_minus(line.values("acc_global_last_5"))),
+        (
+            "best 5 rounds, chosen on the test part",
+            lambda line: plus_minus(line.values("acc_global_best")),
+        ),
         ("Acc_L, paper", lambda line: line.row.paper.get("acc_local", "–")),
         ("Acc_L", lambda line: plus_minus(line.values("acc_local"))),
         ("seeds", lambda line: str(len(line.finished))),
@@ -251,7 +264,7 @@ def size_columns(full: Mapping[str, float]) -> list[Column]:
 
 
 def cost_columns(results: Results, reference: str = "fedavg") -> list[Column]:
-    """Bytes, rounds to the targets, and seconds, also against a reference row's."""
+    """Bytes and seconds, these also against a reference row's."""
     base = results.line(reference)
 
     def factor(line: Line) -> str:
@@ -260,6 +273,17 @@ def cost_columns(results: Results, reference: str = "fedavg") -> list[Column]:
         own, its = (statistics.fmean(one.values("client_s")) for one in (line, base))
         return f"{own / its:.2f}"
 
+    return [
+        ("MB up", lambda line: plus_minus(line.values("mb_up"), 1)),
+        ("MB down", lambda line: plus_minus(line.values("mb_down"), 1)),
+        ("seconds a client", lambda line: plus_minus(line.values("client_s"), 3)),
+        ("× FedAvg's", factor),
+    ]
+
+
+def rounds_columns(results: Results) -> list[Column]:
+    """Rounds to the paper's targets, where it tells them, and to the table's own."""
+
     def rounds(target: float) -> Column:
         return (
             f"rounds to {100 * target:.0f} %",
@@ -267,12 +291,8 @@ def cost_columns(results: Results, reference: str = "fedavg") -> list[Column]:
         )
 
     return [
-        ("MB up", lambda line: plus_minus(line.values("mb_up"), 1)),
-        ("MB down", lambda line: plus_minus(line.values("mb_down"), 1)),
         *([("rounds to, paper", lambda line: line.row.paper["rounds"])] if _told(results) else []),
         *(rounds(target) for target in results.table.targets),
-        ("seconds a client", lambda line: plus_minus(line.values("client_s"), 3)),
-        ("× FedAvg's", factor),
     ]
 
 
@@ -283,12 +303,15 @@ def _told(results: Results) -> bool:
 # --- what figures need -----------------------------------------------------------------------
 
 
-def own_ratios(one: Finished, key: str) -> dict[str, list[float]]:
-    """Of each unit group the clients' keep ratios, where clients report such a thing."""
+def kept_shares(one: Finished, units: Mapping[str, int]) -> dict[str, list[float]]:
+    """Of each unit group the share that each client returned, where clients report such a thing.
+
+    Of the units themselves: the keep ratio is before rounding and before a budget's cap.
+    """
     found: dict[str, list[float]] = {}
     for report in read_reports(one.run.path).values():
-        for group, ratio in (report.get(key) or {}).items():
-            found.setdefault(group, []).append(float(ratio))
+        for group, kept in (report.get("units") or {}).items():
+            found.setdefault(group, []).append(kept / units[group])
     return found
 
 

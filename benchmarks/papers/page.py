@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from subfleet.platform.files import write_atomic
 from subfleet.platform.runfolder import environment
@@ -13,6 +13,7 @@ from subfleet.platform.runfolder import environment
 BEGIN = "<!-- written by hand: kept when the page is made anew -->"
 END = "<!-- end of what is written by hand -->"
 FOLDERS = ("--data", "--cache", "--out", "--json")
+WIDTH = 70  # of a line of the command, after which the next option begins a new one
 PACKAGES = ("torch", "torchvision", "numpy", "ray")
 
 
@@ -22,29 +23,40 @@ def command(script: str, words: Sequence[str]) -> str:
     >>> command("a.py", ["--data", "/here/it/is", "--seeds=0,1"])
     'python a.py --data DATA --seeds=0,1'
     """
-    out, before = [], ""
+    lines, before = [f"python {script}"], ""
     for word in words:
         option, equals, _ = word.partition("=")
         if before in FOLDERS:
             word = before.removeprefix("--").upper()
         elif equals and option in FOLDERS:
             word = f"{option}={option.removeprefix('--').upper()}"
-        out.append(word)
+        if word.startswith("--") and len(lines[-1]) > WIDTH:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
         before = word
-    return f"python {script} {shlex.join(out)}".rstrip()
+    return " \\\n    ".join(lines)
 
 
-def heading(title: str, command: str) -> str:
-    """The title, the command, the date, the machine and the versions."""
-    facts = environment()
+def heading(title: str, summary: str, command: str, made_on: Iterable[Mapping[str, Any]]) -> str:
+    """The title, what was found, the command, the dates, the machines and the versions.
+
+    `made_on` are the environments of the runs; without any it is this process's.
+    """
+    environments = list(made_on) or [environment()]
+    days = sorted({facts["time"][:10] for facts in environments})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    machines = "; ".join(sorted({_machine(facts) for facts in environments}))
+    parts = [f"# {title}", summary, f"```\n{command}\n```", f"{when}; {machines}."]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in PACKAGES)
     machine = f"{facts['cpu']}, {facts['cores_usable']} cores"
     if facts["gpu"]:
         machine += f", {facts['gpus']} × {facts['gpu']}"
-    return (
-        f"# {title}\n\n```\n{command}\n```\n\n{datetime.now(UTC):%Y-%m-%d}; {machine}; "
-        f"Python {facts['python']}, {versions}."
-    )
+    return f"{machine}; Python {facts['python']}, {versions}"
 
 
 def missing_text(missing: Mapping[str, str]) -> str:

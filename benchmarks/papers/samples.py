@@ -7,6 +7,7 @@ train and a test part follows the run's seed, as it does for whole data sets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from subfleet.config import DataTable
 from subfleet.core.errors import InputError
 from subfleet.core.seeds import generator
-from subfleet.datasets.federation import offsets_of, split_of
+from subfleet.datasets.federation import Federation, offsets_of, split_of, train_sizes
 from subfleet.datasets.memory import InMemory
 from subfleet.datasets.reader import ClientRows, Faults, Reader
 from subfleet.datasets.sent140 import Sent140
@@ -30,6 +31,7 @@ class Sample(InMemory):
 
     vocabulary = 0
     embedding = None
+    ordered = False  # whether a client's rows follow each other, so that neighbours are alike
 
 
 def shakespeare(*, source: str, clients: int = 60, most: int = 200) -> Sample:
@@ -52,7 +54,9 @@ def shakespeare(*, source: str, clients: int = 60, most: int = 200) -> Sample:
         xs.append(role.x[rows])
         ys.append(role.y[rows])
         trains.append(rows < cut)
-    return _sample(reader, source, xs, ys, train=np.concatenate(trains))
+    made = _sample(reader, source, xs, ys, train=np.concatenate(trains))
+    made.ordered = True
+    return made
 
 
 def sent140(
@@ -71,28 +75,54 @@ def sent140(
     return _sample(reader, source, xs, ys, seed=seed, test_share=test_share)
 
 
-def apart(*, of: str, seed: int = 0, **options: Any) -> Sample:
-    """The clients of the data set `of` that train under this seed, as a data set of their own.
+def apart(*, of: str, seeds: Sequence[int], seed: int = 0, **options: Any) -> Sample:
+    """What the data set `of` trains on under every one of `seeds`, as a data set of its own.
 
-    A run on it holds out some of them, so that settings can be chosen without a look at the
-    clients that the whole data set holds out. `options` are those of `of`.
+    For choosing settings without a look at what tables of these seeds are measured on: clients
+    that any of the seeds holds out are left out, and so is of every other client each row that
+    equals one of its test part under any of them. What is left of a client is split again: at
+    random by the run's seed, or, where rows follow each other, the last fifth tests (of windows
+    into one text those at the cut may share characters). `options` are those of `of`.
     """
-    whole = build_data(DataTable(name=of, **options), seed=seed)
-    ids, _ = split_of(whole, seed)
-    blocks = [whole.block(ids, part) for part in ("train", "test")]
-    owner = np.concatenate([np.repeat(np.arange(len(ids)), np.diff(b.offsets)) for b in blocks])
-    order = np.argsort(owner, kind="stable")
+    wholes = [build_data(DataTable(name=of, **options), seed=one) for one in seeds]
+    whole = wholes[0]
+    ids = np.arange(whole.num_clients)
+    for data, one in zip(wholes, seeds, strict=True):
+        ids = np.intersect1d(ids, split_of(data, one)[0])
+    kept = [_unmeasured(wholes, client) for client in ids]
+    kept = [(x, y) for x, y in kept if len(y) > 1]  # one to train and one to test
+    if not kept:
+        raise InputError(
+            f"data.seeds = {list(seeds)}: no client of {of} trains under all of them with two "
+            "rows or more; give fewer seeds or more clients"
+        )
+    ordered = getattr(whole, "ordered", False)
+    train = [np.arange(len(y)) < train_sizes(np.array(len(y))) for _, y in kept]
     made = Sample(
-        np.concatenate([block.x for block in blocks])[order],
-        np.concatenate([block.y for block in blocks])[order],
-        offsets_of(np.bincount(owner, minlength=len(ids))),
+        np.concatenate([x for x, _ in kept]),
+        np.concatenate([y for _, y in kept]),
+        offsets_of(np.array([len(y) for _, y in kept])),
         num_classes=whole.num_classes,
         scale=whole.scale,
-        train=(np.arange(len(owner)) < len(blocks[0].y))[order],
+        seed=seed,
+        train=np.concatenate(train) if ordered else None,
         name=f"{whole.name}-apart",
     )
     made.vocabulary = getattr(whole, "vocabulary", 0)
     return made
+
+
+def _unmeasured(wholes: Sequence[Federation], client: int) -> tuple[np.ndarray, np.ndarray]:
+    """A client's rows that equal none of its test part in any of these splits, in their order."""
+    one = np.array([client])
+    tests = {
+        (x.tobytes(), int(y))
+        for data in wholes
+        for x, y in zip(*data.block(one, "test")[:2], strict=True)
+    }
+    x, y, _ = wholes[0].block(one, "train")
+    free = [i for i in range(len(y)) if (x[i].tobytes(), int(y[i])) not in tests]
+    return x[free], y[free]
 
 
 def _read(reader: Reader, source: str) -> list[ClientRows]:

@@ -65,7 +65,7 @@ class PFedMe(OneNetwork):
         for name in ("penalty", "personal_lr", "eta", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
-                    f"algorithm.{name}={getattr(self, name)} is outside [0, inf); give a value in it"
+                    f"algorithm.{name}={getattr(self, name)} is outside [0, inf); give one in it"
                 )
         if self.inner_steps < 1:
             raise InputError(
