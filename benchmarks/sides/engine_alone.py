@@ -5,7 +5,7 @@ Needs torch and NumPy, and no Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,14 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.models import ZOO
 from subfleet.platform import bundles
 from subfleet.platform.engine import Engine, Work
-from subfleet.platform.record import Choice, EngineRecord, candidates, possible, variant_name
+from subfleet.platform.record import (
+    Choice,
+    EngineRecord,
+    candidates,
+    in_compiled_steps,
+    possible,
+    variant_name,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def choice_for(net: SuperNetwork, device: str, how: How) -> Choice:
         return held
     ways = possible(net, LossProgram(cross_entropy, LocalRule(lr=LR), Stream()))
     first, *_ = candidates(net, variant, device, how.engine, how.dtype, ways=ways, round=1)
-    return replace(first, compiled=how.compiled)
+    return in_compiled_steps(net, first) if how.compiled else first
 
 
 def start(name: str, device: str, processes: int, how: How) -> Prepare:
