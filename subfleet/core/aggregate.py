@@ -136,6 +136,8 @@ def merge(a: Update, b: Update, space: UnitSpace, *, reuse: bool = False) -> Upd
     With `reuse` the first may be used up to hold the result, which saves a copy: give
     it only for an update that nobody reads again. The bits are the same either way.
     """
+    if not a.owned and a.dense is b.dense is None and a.parts.keys() == b.parts.keys():
+        return _summed(a, b)
     result = a if reuse else _shallow(a)
     _own(result)
     for key, part in b.parts.items():
@@ -181,7 +183,7 @@ def finish(
         raise InputError(f"unknown normaliser {normaliser!r}; choose count or all")
     if normaliser == "count" and (only := _only_full_part(update, space)) is not None:
         _refuse_misfits(only.total, current)
-        mean = {n: (t / only.weight).to(current[n].dtype) for n, t in only.total.items()}
+        mean = {n: _mean(t, only.weight, current[n].dtype) for n, t in only.total.items()}
         return {name: mean.get(name, tensor) for name, tensor in current.items()}
     num, den = sums(update, space)
     _refuse_misfits(num, current)
@@ -232,7 +234,9 @@ def _first(space: UnitSpace, map: IndexMap, tensors: Mapping[str, Tensor], weigh
     space.check(tensors, map)
     # Contiguous whatever the trainer's memory format, so that Ray can pass it on uncopied.
     total = {
-        name: tensor.to(torch.float64, memory_format=torch.contiguous_format).mul(weight)
+        name: torch.empty_like(tensor, dtype=torch.float64, memory_format=torch.contiguous_format)
+        .copy_(tensor)
+        .mul_(weight)
         for name, tensor in tensors.items()
     }
     return Part(map, total, weight, 1)
@@ -261,6 +265,33 @@ def _add_wide(total: Tensor, tensor: Tensor, weight: float) -> None:
     stretches = zip(total.view(-1).split(_CACHED), tensor.view(-1).split(_CACHED), strict=True)
     for into, piece in stretches:
         into.add_(piece.to(torch.float64), alpha=weight)
+
+
+def _mean(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """Total / weight in another dtype, by the same stretches."""
+    if total.numel() <= _CACHED or not total.is_contiguous():
+        return (total / weight).to(dtype)
+    mean = torch.empty(total.shape, dtype=dtype, device=total.device)
+    stretches = zip(mean.view(-1).split(_CACHED), total.view(-1).split(_CACHED), strict=True)
+    for into, piece in stretches:
+        into.copy_(piece / weight)
+    return mean
+
+
+def _summed(a: Update, b: Update) -> Update:
+    """The sum of two updates of the same parts, made anew: no copy of one before the other."""
+    parts = {}
+    for key, mine in a.parts.items():
+        other = b.parts[key]
+        total = {name: _plus(name, t, other.total[name]) for name, t in mine.total.items()}
+        parts[key] = Part(mine.map, total, mine.weight + other.weight, mine.clients + other.clients)
+    return Update(parts, None, a.weight + b.weight, a.clients + b.clients)
+
+
+def _plus(name: str, a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise _shapes_differ(name, b, a)
+    return a + b
 
 
 def _add_dense(
