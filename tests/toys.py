@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from subfleet.algorithms.local import cross_entropy
-from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, Setting, State, TierSize
+from subfleet.core.algorithm import (
+    Algorithm,
+    Cohort,
+    Evaluation,
+    Phase,
+    RoundPlan,
+    Setting,
+    State,
+    TierSize,
+)
 from subfleet.core.budget import width_map
 from subfleet.core.program import ClientProgram, ClientTask, LocalRule, LossProgram, Params, Stream
 from subfleet.core.scaling import Scaling
@@ -119,6 +128,9 @@ class OneProgram(Algorithm):
     def phase(self, round: int) -> Phase:
         assert self.program is not None
         return Phase("only", self.program, self.reduction)
+
+    def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
+        raise AssertionError("its bundles are a test's own")
 
     @property
     def keeps(self) -> bool:

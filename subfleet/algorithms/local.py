@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -142,9 +143,9 @@ class IndexedAveraging(Algorithm):
 
     statistics: Statistics = "indexed_mean"
 
+    @abstractmethod
     def map_of(self, tier: int, round: int) -> IndexMap:
         """The part of the super-network that clients of `tier` train in `round`."""
-        raise TypeError(f"{type(self).__name__} must define map_of()")
 
     @property
     def local_statistics(self) -> bool:

@@ -12,6 +12,7 @@ batching, devices, Ray, retries, stored state and metrics.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from subfleet.core.aggregate import Update, finish
+from subfleet.core.errors import InputError
 from subfleet.core.program import (
     ClientProgram,
     ClientResult,
@@ -152,7 +154,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class Algorithm(ABC):
     """Base of all algorithms: frozen, its fields after `setting` are its options.
 
     A subclass states at least `phase` and `plan`, and `server_step` where results are
@@ -169,24 +171,35 @@ class Algorithm:
         """The server's state before round 1, from freshly drawn parameters."""
         return {"params": params}
 
+    def doubts(self) -> tuple[str, ...]:
+        """Settings that are allowed and yet do not do what they seem to, in words.
+
+        Each becomes a warning before round 1.
+        """
+        return ()
+
+    @abstractmethod
     def phase(self, round: int) -> Phase:
         """The phase that round (1-based) belongs to, from configuration alone."""
-        raise TypeError(f"{type(self).__name__} must define phase()")
 
     def enter(self, phase: Phase, state: State) -> State:
         """Called once when `phase` begins; may prune or re-shape the state."""
         del phase
         return state
 
+    @abstractmethod
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """Which client trains which sub-network from which tree."""
-        raise TypeError(f"{type(self).__name__} must define plan()")
 
     def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
         """The next state; by default the indexed mean, which keeps what nobody covered."""
         del plan
         if not isinstance(reduced, Update):
-            raise TypeError(f"{type(self).__name__} collects results: it must define server_step()")
+            raise InputError(
+                f"{type(self).__name__}.server_step is missing: where a phase's reduction is "
+                '"collect" the mean is not made; define server_step(state, plan, reduced), of '
+                'which `reduced` is a list of Collected, or let the phase say "sum"'
+            )
         return state | {"params": finish(reduced, self.setting.net.space, state["params"])}
 
     def model(self, state: State) -> Params:
