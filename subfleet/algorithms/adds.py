@@ -53,14 +53,27 @@ class ADDS(Algorithm):
 
         min_alpha  F_val(w*(alpha), alpha) + lambda sum_g alpha_g^2,  w* = argmin_w F_train  (4-6)
 
-    `importance` "slim" takes a unit's BatchNorm scale, its mean activation where there is
-    none; "lrp" takes its layer-wise relevance. `ratio` is where alpha begins in every round
-    (with `persist`, in a client's first only), `least_ratio` where it ends, `arch_lr` the rate
-    of its steps. `epsilon` falls by `epsilon_decay` a round. `penalty` fixes lambda, which
-    otherwise is NJSD + 0.5 of the client's labels. A tier's budget caps what its clients
-    return. A client with a single row validates on the row that it trains on. With BatchNorm,
-    which needs two rows, a client that has but one to validate on has the penalty alone to
-    move its alpha.
+    A tier's budget caps what its clients return, not what they train or download. A client
+    with a single row validates on the row that it trains on. With BatchNorm, which needs two
+    rows, a client that has but one to validate on has the penalty alone to move its alpha.
+
+    Options:
+        importance: "slim" takes a unit's BatchNorm scale, its mean activation where there is
+            none; "lrp" its layer-wise relevance.
+        normalise: "max" divides a group's importances by their largest; "none" does not.
+        ratio: In [least_ratio, 1]: where alpha begins in every round.
+        least_ratio: In (0, 1]: where alpha ends at the lowest.
+        persist: Whether alpha goes on from where the client left it, from its second round on.
+        arch_lr: The rate of alpha's steps, 0 or more.
+        epsilon: How inexact sampling is in round 1, above 0; near 0 only the most important
+            units are drawn.
+        epsilon_decay: In (0, 1]: what epsilon is multiplied by each round.
+        penalty: Lambda, 0 or more; without it NJSD + 0.5 of the client's labels.
+        validation: In (0, 1): the share of a client's training rows that alpha is learnt on.
+        resample: Whether a step of w draws its units anew, by the alpha just moved.
+        architecture: "top" returns the most important units, alpha C of a group; "drawn" those
+            of the last draw.
+        weighting: How clients count in the mean: "uniform" all alike, "samples" by their rows.
     """
 
     importance: Kind = "slim"

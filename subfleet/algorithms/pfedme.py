@@ -43,12 +43,19 @@ class PFedMe(OneNetwork):
         w_k <- w_k - eta penalty (w_k - theta)
     server:  w <- (1 - beta) w + beta sum_k (n_k / sum n) w_k
 
-    `penalty` is the paper's lambda. theta_k stays on its client, BatchNorm's statistics
-    included, and is what the local accuracy measures; with ``begin = "personal"`` the next
-    round goes on from it. The statistics of w_k follow theta's by the same line as its
-    weights. train.lr and train.momentum have no effect; `train.schedule` scales both rates,
-    and train.weight_decay and train.clip_norm act on theta's gradient.
-    Everybody trains the same network (`OneNetwork`).
+    theta_k stays on its client, BatchNorm's statistics included, and is what the local accuracy
+    measures. The statistics of w_k follow theta's by the same line as its weights. train.lr and
+    train.momentum have no effect; `train.schedule` scales both rates, and train.weight_decay and
+    train.clip_norm act on theta's gradient. Everybody trains the same network (`OneNetwork`).
+
+    Options:
+        penalty: The paper's lambda, 0 or more: how strongly theta is held near w_k.
+        personal_lr: The rate of theta's steps, 0 or more, below 1 / penalty.
+        inner_steps: Steps of theta on each batch, 1 or more; the paper's K.
+        eta: The rate of w_k's steps, 0 to 1 / penalty.
+        beta: How far the server moves towards the clients' mean, 0 or more; 1 is all the way.
+        begin: Where theta begins a round: "global" at the server's model, "personal" where it
+            stopped.
     """
 
     penalty: float = 15.0
