@@ -75,7 +75,8 @@ def export(
     Args:
         run: The folder of a run that is finished or has a checkpoint.
         tier: A tier's name: the sub-network that the run gives its devices.
-        client: A client's number: its tier's sub-network, with what the client keeps for itself.
+        client: A client's number: its own network, as far as the run knows it: the units that
+            it kept, the tensors that it keeps for itself; else its tier's sub-network.
         width: In (0, 1]: the first units of each layer, so large a share of them.
         out: The folder to write; by default `export/<tier, client or width>` in the run's.
         force: Replace the files of an earlier export; other files are never touched.

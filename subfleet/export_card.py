@@ -86,6 +86,7 @@ def card(
         },
         "accuracy": small.accuracy,
         "cost": _cost(run.net, small.map, tensors),
+        "weights": small.weights,
         "batchnorm_statistics": small.statistics,
         "clients_own_tensors": list(small.own),
         "program": program,
@@ -196,6 +197,7 @@ def readme(said: Mapping[str, Any]) -> str:
         batch_line=_batch_line(said),
         accuracy=_accuracy_lines(said["accuracy"]),
         cost=_cost_lines(said["cost"]),
+        weights=said["weights"],
         statistics=said["batchnorm_statistics"],
         algorithm=said["algorithm"]["name"],
         round=run["round"],
@@ -319,7 +321,7 @@ The program is in evaluation mode as it is: `eval()` is neither needed nor possi
 
 {accuracy}
 
-BatchNorm's running statistics: {statistics}.
+The weights: {weights}. BatchNorm's running statistics: {statistics}.
 
 ## Cost
 

@@ -68,15 +68,16 @@ class Fitted:
     """A physically small network with its weights, in evaluation mode.
 
     `tier` is the tier's name where there is one. `statistics` says where BatchNorm's
-    running statistics come from. `accuracy`: "run" is what the run measured for the tier,
-    "measured" this network on rows that no client trained on (of a client, its own test
-    rows), "why_not" the reason where there are none.
+    running statistics come from, `weights` whose the weights are. `accuracy`: "run" is what
+    the run measured for the tier, "measured" this network on rows that no client trained on
+    (of a client, its own test rows), "why_not" the reason where there are none.
     """
 
     map: IndexMap
     tier: str | None
     resident: Resident
     statistics: str
+    weights: str
     own: tuple[str, ...] = ()  # tensors that are the client's own
     accuracy: dict[str, Any] = field(default_factory=dict)
 
@@ -94,13 +95,17 @@ def fitted(run: TrainedRun, target: Target) -> Fitted:
     """
     tier, map = _map(run, target)
     resident = Resident(run.net, map, Choice(str(target), "cpu", "loop"))
-    own = _own(run, int(target.value), map) if target.kind == "client" else {}
+    own: Params = {}
+    weights = "the server's"
+    if target.kind == "client":
+        own = _own(run, int(target.value), map)
+        weights = _whose(run, int(target.value), tier, map, own)
     statistics = _load(run, target, map, resident, own)
     resident.module.eval()
     accuracy = _measured(run, target, resident, map)
     if target.kind == "tier":
         accuracy |= _of_the_run(run, str(target.value))
-    return Fitted(map, tier, resident, statistics, tuple(sorted(own)), accuracy)
+    return Fitted(map, tier, resident, statistics, weights, tuple(sorted(own)), accuracy)
 
 
 def _map(run: TrainedRun, target: Target) -> tuple[str | None, IndexMap]:
@@ -117,6 +122,7 @@ def _map(run: TrainedRun, target: Target) -> tuple[str | None, IndexMap]:
                 f"--client {client}: the run's clients are 0 to {clients - 1}; give one of these"
             )
         tier = tiers[int(run.job.fleet.tier_of[client])]
+        return tier, run.algorithm.client_map(run.views[tier], run.reports.get(client))
     else:
         tier = str(target.value)
         if tier not in tiers:
@@ -130,7 +136,7 @@ def _map(run: TrainedRun, target: Target) -> tuple[str | None, IndexMap]:
 
 
 def _own(run: TrainedRun, client: int, map: IndexMap) -> Params:
-    """The network's tensors that the client keeps for itself, where they fit the map."""
+    """The network's tensors that are the client's own, where they fit the map."""
     if not run.algorithm.keeps or run.checkpoint is None:
         return {}
     # Where the checkpoint lies, so that restoring is linking.
@@ -139,10 +145,34 @@ def _own(run: TrainedRun, client: int, map: IndexMap) -> Params:
         store.restore(run.checkpoint / "kept")
         (row,) = store.read([client])
         store.close()
-    shapes = run.net.space.slice_shapes(map)
-    tensors = {name: torch.as_tensor(leaf) for name, leaf in (row or {}).items() if name in shapes}
+    if row is None:
+        return {}
+    shapes, cut = run.net.space.slice_shapes(map), run.net.space.extract(run.params, map)
+    kept = {name: torch.as_tensor(leaf) for name, leaf in row.items()}
+    params = run.algorithm.client_params(cut, kept)
+    tensors = {n: v for n, v in params.items() if n in shapes and v is not cut.get(n)}
     fits = all(tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())
     return tensors if fits else {}
+
+
+def _whose(run: TrainedRun, client: int, tier: str | None, map: IndexMap, own: Params) -> str:
+    """Whose the weights of a client's network are, in words."""
+    if own.keys() >= run.net.space.slice_shapes(map).keys():
+        return "the client's personal model, as of its last training"
+    said = ["the server's"]
+    canonical = run.net.space.canonical
+    if canonical(map) != canonical(run.views[str(tier)]):
+        said.append(
+            "on the units that the client itself kept in its last training; what it trained there "
+            "went into the server's mean and is gone"
+        )
+    if own:
+        said.append("with what the client keeps for itself")
+    if run.checkpoint is None:
+        said.append("for nothing is known of the client without a checkpoint")
+    elif client not in run.trained:
+        said.append("for the client has not trained")
+    return ", ".join(said)
 
 
 def _writable(folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class TrainedRun:
     `job.federation` is a `Remembered` where the data cannot be read, and `no_data` says
     why. `params` is the super-network after `round` rounds, `views` the sub-networks of
     it ("global" and one for each tier). `checkpoint` is the folder of a checkpoint of the
-    same round, if there is one.
+    same round, if there is one: only then is known which clients have `trained`, and what
+    they last reported.
     """
 
     folder: RunFolder
@@ -76,6 +78,8 @@ class TrainedRun:
     views: dict[str, IndexMap]
     round: int
     checkpoint: Path | None
+    trained: frozenset[int] = frozenset()
+    reports: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     no_data: str | None = None
     warnings: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)  # environment.json
@@ -103,6 +107,8 @@ class TrainedRun:
             views=algorithm.views(reached.state),
             round=reached.round,
             checkpoint=reached.checkpoint,
+            trained=frozenset(np.asarray(reached.roster.get("clients", ())).tolist()),
+            reports=reached.roster.get("reports", {}),
             no_data=no_data,
             warnings=reached.warnings,
             facts=facts,
@@ -137,6 +143,7 @@ class _Reached:
     state: State
     params: Params | None  # of the final file, where there is no checkpoint
     checkpoint: Path | None
+    roster: dict[str, Any]
     warnings: tuple[str, ...]
 
 
@@ -152,11 +159,11 @@ def _reached(folder: RunFolder) -> _Reached:
             raise
         found, warnings = None, (str(error),)
     if found is not None and found.round >= last:
-        state = found.state["state"]
-        return _Reached(found.round, state, None, found.path, found.warnings)
+        state, roster = found.state["state"], found.state["roster"]
+        return _Reached(found.round, state, None, found.path, roster, found.warnings)
     if last:
         warnings += found.warnings if found is not None else ()
-        return _Reached(last, {}, folder.read_final(), None, warnings)
+        return _Reached(last, {}, folder.read_final(), None, {}, warnings)
     raise InputError(
         f"{folder.path}: has no weights yet, neither a checkpoint nor final.safetensors; let the "
         f"run go on: subfleet run {folder.config} --out {folder.path} --resume"

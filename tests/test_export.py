@@ -328,6 +328,85 @@ def test_a_client_brings_its_own_statistics(cases: dict[str, Case], tmp_path: Pa
     assert said in other.card["batchnorm_statistics"]
 
 
+# --- what is a client's own ---
+
+
+def by_command(run: subfleet.Run, client: int, out: Path) -> tuple[dict, dict[str, Tensor]]:
+    """What `subfleet export RUN --client ID` writes: the card, and the tensors."""
+    arguments = ["export", str(run.path), "--client", str(client), "--out", str(out), "--json"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.stderr
+    card = json.loads((out / "model.json").read_text())
+    assert card["weights"] in (out / "README.md").read_text()
+    assert json.loads(shown.stdout)["weights"] == card["weights"]
+    return card, load_file(out / "model.safetensors")
+
+
+def last_rows(run: subfleet.Run) -> tuple[dict[int, dict[str, Any]], int]:
+    """By client what `clients/` says of it last; and a client that never trained."""
+    rows = {row["client"]: row for row in run.clients().sort_by("round").to_pylist()}
+    return rows, next(client for client in range(20) if client not in rows)
+
+
+def test_a_client_that_chose_its_units_gets_these(tmp_path: Path) -> None:
+    adds = {"name": "adds", "penalty": 1.5, "arch_lr": 0.1}
+    run = launch(experiment({"algorithm": adds}), out=tmp_path / "run", local=True)
+    whole = sum(tensor.numel() for tensor in run.params().values())
+    rows, never = last_rows(run)
+    opened = TrainedRun.open(run.path)
+    for client in [*rows][:2]:
+        card, weights = by_command(run, client, tmp_path / str(client))
+        cost, row = card["cost"], rows[client]
+        assert (cost["params"], cost["macs"]) == (row["params"], row["macs"])
+        assert cost["params"] == sum(tensor.numel() for tensor in weights.values()) < whole
+        units = {group: found["kept"] for group, found in card["units"].items()}
+        report = opened.reports[client]
+        assert {group: len(kept) for group, kept in units.items()} == report["units"]
+        server = opened.net.space.extract(run.params(), IndexMap.of(units))
+        assert all(torch.equal(weights[name], value) for name, value in server.items())
+        assert "the client itself kept" in card["weights"] and "is gone" in card["weights"]
+    card, weights = by_command(run, never, tmp_path / "never")
+    assert card["cost"]["params"] == whole
+    assert card["weights"] == "the server's, for the client has not trained"
+    shutil.rmtree(run.path / "checkpoints")
+    card, weights = by_command(run, client, tmp_path / "final")
+    assert card["cost"]["params"] == whole and "without a checkpoint" in card["weights"]
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_personal_model_is_the_clients(norm: str, tmp_path: Path) -> None:
+    model = {"name": "vgg", "channels": [4, 6], "hidden": [8], "norm": norm}
+    told = {"algorithm": {"name": "pfedme", "personal_lr": 0.06}, "model": model, "run__rounds": 2}
+    run = launch(experiment(told), out=tmp_path / "run", local=True)
+    rows, never = last_rows(run)
+    client, row = next((c, r) for c, r in rows.items() if r["acc_local"] is not None)
+    card, weights = by_command(run, client, tmp_path / "own")
+    store = KeptStore(tmp_path / "kept")
+    store.restore(run.path / "checkpoints" / "round-000002" / "kept")
+    (kept,) = store.read([client])
+    assert kept is not None
+    theta = {n.removeprefix("theta/"): v for n, v in kept.items() if n.startswith("theta/")}
+    assert weights.keys() == theta.keys()
+    assert all(np.array_equal(weights[name].numpy(), value) for name, value in theta.items())
+    assert card["weights"] == "the client's personal model, as of its last training"
+    # What the run measured of the same network on the same rows.
+    assert card["accuracy"]["measured"]["accuracy"] == pytest.approx(row["acc_local"])
+    card, weights = by_command(run, never, tmp_path / "never")
+    server = TrainedRun.open(run.path)
+    small = server.net.space.extract(server.params, server.views["low"])
+    assert all(torch.equal(weights[name], value) for name, value in small.items())
+    assert card["weights"] == "the server's, for the client has not trained"
+
+
+def test_whose_the_weights_are_is_told(cases: dict[str, Case], tmp_path: Path) -> None:
+    """The slice of a tier's client is the server's; its BatchNorm statistics may be its own."""
+    assert cases["cnn"].done.card["weights"] == "the server's"
+    run = cases["vgg"].run
+    rows, _ = last_rows(run)
+    card, _ = by_command(run, next(iter(rows)), tmp_path / "own")
+    assert card["weights"] == "the server's, with what the client keeps for itself"
+
+
 # --- other runs ---
 
 

@@ -152,8 +152,18 @@ class ADDS(Algorithm):
             "val": replace(stream, redraw="round", take=share, epochs=1, steps=None),
         }
         rule = self.setting.rule.at(round)
-        program = StepProgram(self._init, partial(self._step, rule), self._final, streams)
+        step = partial(self._step, rule)
+        program = StepProgram(self._init, step, self._final, streams, passes=self._passes)
         return Phase("train", program, wants_labels=True)
+
+    @property
+    def _passes(self) -> float:
+        """One for alpha on the validation rows and one for w, both of the whole masked network.
+
+        Relevance is a third: a forward pass, and in each layer but the first another and its
+        derivative.
+        """
+        return 3.0 if self.importance == "lrp" else 2.0
 
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """Everybody gets the whole super-network, and returns what it keeps of it."""
@@ -309,8 +319,16 @@ class ADDS(Algorithm):
             report={
                 "ratio": dict(zip(self._rows.groups, local["ratio"].tolist(), strict=True)),
                 "units": {group: int(mask.sum()) for group, mask in units.items()},
+                "kept": {group: _hex(mask) for group, mask in units.items()},
             },
         )
+
+    def client_map(self, view: IndexMap, report: dict[str, Any] | None) -> IndexMap:
+        """The units that the client last kept; all of them before it has trained."""
+        if report is None or "kept" not in report:
+            return view
+        rows = zip(self._rows.groups, self._rows.sizes, strict=True)
+        return IndexMap.from_masks({g: _mask(report["kept"][g], size) for g, size in rows})
 
     def _top(self, b: Tensor, ratio: Tensor) -> Tensor:
         """The max(1, round(alpha C)) most important units of each group, bool [G, C]."""
@@ -328,6 +346,16 @@ class ADDS(Algorithm):
     def _fits(self, kept: Tensor, limits: list[int]) -> bool:
         cost = self.setting.net.cost(self._map(kept))
         return cost.macs <= limits[0] and cost.params <= limits[1]
+
+
+def _hex(mask: Tensor) -> str:
+    """A mask as hex digits, four units in each: reports of many clients are remembered."""
+    return np.packbits(mask.numpy()).tobytes().hex()
+
+
+def _mask(digits: str, size: int) -> np.ndarray:
+    """The mask of so many units that `_hex` wrote."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=size)
 
 
 def _drawn(p: Tensor, uniform: Tensor) -> Tensor:

@@ -117,7 +117,10 @@ class PFedMe(OneNetwork):
             statistics=self.setting.net.statistics,
         )
         streams = {"train": self.setting.stream}
-        return Phase("train", StepProgram(envelope.init, envelope.step, envelope.final, streams))
+        program = StepProgram(
+            envelope.init, envelope.step, envelope.final, streams, passes=self.inner_steps
+        )
+        return Phase("train", program)
 
     def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
         """Moves by `beta` towards the clients' mean; by 1 at most for BatchNorm's statistics."""
@@ -142,6 +145,12 @@ class PFedMe(OneNetwork):
         return {_OWN + name: torch.zeros(shape) for name, shape in shapes.items()} | {
             "begun": torch.zeros(())
         }
+
+    def client_params(self, cut: Params, kept: Params | None) -> Params:
+        """The personal model theta_k; the server's before the client has one."""
+        if kept is None or not kept["begun"]:
+            return cut
+        return {n.removeprefix(_OWN): v for n, v in kept.items() if n.startswith(_OWN)}
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,20 @@ class Algorithm(ABC):
         """A client's own state before it first trains, shaped for its task."""
         del task
         return {}
+
+    def client_map(self, view: IndexMap, report: dict[str, Any] | None) -> IndexMap:
+        """A client's own sub-network, for export: by default its tier's view.
+
+        `report` is what the client last reported, None where it never did.
+        """
+        del report
+        return view
+
+    def client_params(self, cut: Params, kept: Params | None) -> Params:
+        """A client's own weights, for export: the server's, cut to its map, and what it keeps.
+
+        By default kept leaves that bear the network's own names replace the server's.
+        `kept` is None where the client keeps nothing, or nothing is known of it.
+        """
+        names = self.setting.net.space.shapes
+        return cut | {name: leaf for name, leaf in (kept or {}).items() if name in names}

@@ -247,7 +247,9 @@ class StepProgram:
     `step(net, local, {stream: Batch}, noise, inputs) -> (local, metrics)`,
     `final(net, local, inputs) -> ClientResult`. The first stream sets the
     number of steps; the others cycle. `kind(i)` is a static label handed to
-    `step` as `kind` where steps alternate.
+    `step` as `kind` where steps alternate. `passes` says how often a step goes forward
+    and backward through the task's network, with as many rows as the first stream's
+    batch: what a client's training is charged.
     """
 
     init: Callable[..., Params]
@@ -255,6 +257,7 @@ class StepProgram:
     final: Callable[..., ClientResult]
     streams: Mapping[str, Stream]
     kind: Callable[[int], Hashable] | None = None
+    passes: float = 1.0
 
 
 class RunContext(NamedTuple):

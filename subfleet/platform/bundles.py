@@ -25,7 +25,7 @@ from subfleet.platform.record import Choice, variant_name
 # multiply-accumulates per second. Measured figures would make the cut depend on the machine.
 STEP_SECONDS = 4e-4
 MACS_PER_SECOND = 1e10
-BACKWARD = 3  # a training step costs a forward pass and about two more for gradients
+BACKWARD = 3  # gradients cost about two passes more: forward and backward are three
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class BundleResult:
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+def passes(program: ClientProgram) -> float:
+    """How often a step goes forward and backward through the client's network."""
+    return program.passes if isinstance(program, StepProgram) else 1.0
+
+
 def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> float:
     """Nominal seconds of a client's training; `macs` are those of one forward pass."""
     if isinstance(program, RunProgram):
@@ -109,7 +114,8 @@ def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> fl
         steps = stream.num_steps(task.num_samples) if task.steps is None else task.steps
         size = stream.rows(task.num_samples)
         rows = steps * (size if stream.batch is None else min(stream.batch, size))
-    return steps * STEP_SECONDS + BACKWARD * macs * rows / MACS_PER_SECOND
+    once = steps * STEP_SECONDS + BACKWARD * macs * rows / MACS_PER_SECOND
+    return passes(program) * once
 
 
 BUNDLE_SECONDS = 0.3  # nominal; what a bundle should last to outweigh a remote call by far

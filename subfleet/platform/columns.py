@@ -92,7 +92,13 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "cost/bytes_down",
     ),
     Column("bytes_map", "int", "bytes", "Index maps' part of the two, together.", "cost/bytes_map"),
-    Column("flops", "float", "FLOPs", "Local training of all clients of the round.", "cost/flops"),
+    Column(
+        "flops",
+        "float",
+        "FLOPs",
+        "Local training of all clients of the round: the sum of their `flops`.",
+        "cost/flops",
+    ),
     Column(
         "seconds",
         "dict of float",
@@ -158,7 +164,12 @@ CLIENTS_COLUMNS: tuple[Column, ...] = (
     Column("seconds", "float32", "s", "Wall-clock time of its training on the host."),
     Column("params", "int64", "numbers", "Trained parameters of its sub-network."),
     Column("macs", "int64", "MACs", "A forward pass of its sub-network on one sample."),
-    Column("flops", "float64", "FLOPs", "Its local training."),
+    Column(
+        "flops",
+        "float64",
+        "FLOPs",
+        "Its local training: forward and backward through the network that it was given.",
+    ),
     Column("bytes_up", "int64", "bytes", "Sent by it, map included."),
     Column("bytes_down", "int64", "bytes", "Sent to it, map included."),
     Column("steps", "int32", "steps", "Local optimiser steps."),

@@ -30,7 +30,14 @@ from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
-from subfleet.platform.bundles import BACKWARD, BundleResult, EvalBundle, TrainBundle, Trial
+from subfleet.platform.bundles import (
+    BACKWARD,
+    BundleResult,
+    EvalBundle,
+    TrainBundle,
+    Trial,
+    passes,
+)
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.memory import OutOfMemory, charged_to, keep_freed_memory
 from subfleet.platform.record import Choice, candidates, variant_name
@@ -299,6 +306,8 @@ class _Tally:
         healthy = trained.healthy and finite(unchecked(self.program, self.net, result))
         map = covered(task, result)
         params, macs, map_bytes = self._cost(map)
+        # What it trained, which may be more than what it returns.
+        trained_macs = macs if map is task.map else self._cost(task.map)[1]
         sent = 4 * sum(value.numel() for value in result.update.values())
         if healthy:
             if self.update is not None:
@@ -320,7 +329,7 @@ class _Tally:
                 "seconds": seconds,
                 "params": params,
                 "macs": macs,
-                "flops": float(BACKWARD * macs * trained.rows),
+                "flops": float(BACKWARD * trained_macs * trained.rows * passes(self.program)),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 # What an algorithm encodes itself has no map but its own.
                 "bytes_map": map_bytes if result.wire_bytes is None else 0,

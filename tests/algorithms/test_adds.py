@@ -283,6 +283,45 @@ def test_bytes_are_the_parameters_kept_and_a_bit_for_each_unit(tmp_path):
         assert up == 4 * entries + math.ceil((4 + 6 + 10) / 8)
 
 
+@pytest.mark.parametrize(("importance", "passes"), [("slim", 2), ("lrp", 3)])
+def test_flops_are_those_of_the_whole_network_as_often_as_it_is_passed(importance, passes):
+    """30 rows: 3 validate, 27 train, twice. The MACs of 6-8-4-3 are 48 + 32 + 12."""
+    algorithm = adds(toys.mlp(), penalty=1.5, arch_lr=0.05, importance=importance)
+    data = toys.federation([30, 30], (6,), 3, train=np.ones(60, bool))
+    _, result = one_round(algorithm, data, [0, 1])
+    assert result.table["flops"].tolist() == [3 * (48 + 32 + 12) * 54 * passes] * 2
+    for macs, client in zip(result.table["macs"], (0, 1), strict=True):
+        units = result.reports[client]["units"]
+        a, b = units["fc0"], units["fc1"]
+        assert macs == 6 * a + a * b + 3 * b < 92
+
+
+def test_a_report_tells_the_kept_units_in_a_digit_for_four():
+    algorithm = adds(penalty=1.5, arch_lr=0.05)
+    _, result = one_round(algorithm, images(), [0, 1, 2])
+    for client in range(3):
+        report = result.reports[client]
+        assert {g: len(d) for g, d in report["kept"].items()} == {"conv1": 2, "conv2": 2, "fc1": 4}
+        map = algorithm.client_map(toys.FULL, report)
+        assert {g: len(kept) for g, kept in map.kept.items()} == report["units"]
+    report = {"ratio": {}, "kept": {"conv1": "50", "conv2": "84", "fc1": "8040"}}
+    assert algorithm.client_map(toys.FULL, report) == IndexMap.of(
+        {"conv1": [1, 3], "conv2": [0, 5], "fc1": [0, 9]}
+    )
+    assert algorithm.client_map(toys.FULL, None) == toys.FULL
+
+
+def test_the_map_of_a_report_is_what_was_sent():
+    """Of one client, the server's weights are its own: those on its map and no others moved."""
+    algorithm = adds(toys.mlp(), penalty=1.5, arch_lr=0.05)
+    params = algorithm.setting.net.init(0)
+    state, result = one_round(algorithm, toys.federation(SIZES, (6,), 3), [2], params)
+    map = algorithm.client_map(toys.FULL, result.reports[2])
+    assert len(map.kept["fc0"]) < 8
+    moved = (state["params"]["fc0.weight"] != params["fc0.weight"]).any(1)
+    assert torch.nonzero(moved).flatten().tolist() == map.kept["fc0"].tolist()
+
+
 def test_what_nobody_kept_stays_as_it_was():
     algorithm = adds(penalty=1.5, arch_lr=0.08)
     params = algorithm.setting.net.init(0)

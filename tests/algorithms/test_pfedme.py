@@ -232,6 +232,27 @@ def test_uploads_are_whole_networks(tmp_path):
         assert record["bytes_map"] == 0
 
 
+def test_flops_count_every_inner_step():
+    """Two epochs over 9 rows, four inner steps each; the MACs of 6-8-4-3 are 48 + 32 + 12."""
+    algorithm = pfedme(stream=Stream(batch=4, epochs=2), inner_steps=4)
+    data = toys.all_train([9], (6,), 3)
+    work = toys.OneProgram(algorithm.setting, algorithm.phase(1).program)
+    net = algorithm.setting.net
+    result = toys.run_bundle(work, [toys.task(net, 0)], data, net.init(0))
+    assert result.table["flops"].tolist() == [3 * (48 + 32 + 12) * 18 * 4]
+
+
+def test_a_clients_own_network_is_its_personal_model():
+    algorithm = pfedme()
+    cut = algorithm.setting.net.init(0)
+    assert algorithm.client_params(cut, None) is cut
+    none_yet = algorithm.initial_kept(toys.task(algorithm.setting.net, 0))
+    assert algorithm.client_params(cut, none_yet) is cut
+    theta = algorithm.setting.net.init(7)
+    kept = {f"theta/{n}": v for n, v in theta.items()} | {"begun": torch.ones(())}
+    assert toys.same_bits(algorithm.client_params(cut, kept), theta)
+
+
 # --- personal models -----------------------------------------------------------------------------
 
 
@@ -321,8 +342,8 @@ def test_one_network_for_all_that_the_poorest_can_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"penalty": -1.0}, r"algorithm\.penalty=-1\.0 is negative"),
-        ({"eta": -0.1}, r"algorithm\.eta=-0\.1 is negative"),
+        ({"penalty": -1.0}, r"algorithm\.penalty=-1\.0 is outside \[0, inf\)"),
+        ({"eta": -0.1}, r"algorithm\.eta=-0\.1 is outside \[0, inf\)"),
         ({"beta": float("nan")}, r"algorithm\.beta=nan"),
         ({"inner_steps": 0}, r"algorithm\.inner_steps=0 is below 1"),
         ({"personal_lr": 0.1}, r"personal_lr=0\.1 times .*=15\.0 is 1\.5.*below 0\.0666667"),

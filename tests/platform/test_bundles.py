@@ -6,7 +6,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subfleet.core.program import ClientTask
+from subfleet.core.program import ClientResult, ClientTask, StepProgram, Stream
 from subfleet.platform import bundles
 from subfleet.platform.record import Choice, variant_name
 
@@ -84,6 +84,17 @@ def test_a_bundle_carries_the_choices_of_its_own_variants_and_its_chunks():
     assert sorted(whole.choices) == ["(2, 1)", "(8, 4)"] and whole.local_test and whole.round == 3
     apart = cut(found, 3)
     assert [sorted(b.choices) for b in apart] == [["(2, 1)"], ["(8, 4)"], ["(8, 4)"]]
+
+
+def test_predicted_seconds_by_hand():
+    """50 rows by 20 are 3 steps, 60 rows at most; each pass costs as much as the first."""
+    task = ClientTask(0, toys.FULL, (8, 4), 1.0, 50, 0)
+    nothing = lambda *a: ({}, {})  # noqa: E731
+    streams = {"train": Stream(batch=20), "val": Stream(batch=20, take=0.1)}
+    for passes in (1.0, 2.0, 5.0):
+        program = StepProgram(dict, nothing, lambda: ClientResult({}), streams, passes=passes)
+        seconds = bundles.predicted_seconds(program, task, macs=10**8)
+        assert seconds == pytest.approx(passes * (3 * 4e-4 + 3 * 1e8 * 60 / 1e10))
 
 
 @given(

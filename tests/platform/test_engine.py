@@ -591,6 +591,28 @@ def test_units_that_the_client_chose_say_where_its_update_goes(way):
     # 2 of 4 units: 2*6 + 2 weights of fc0, 3*2 + 3 of the head, and ceil(4 / 8) bytes of map.
     assert result.table["bytes_map"].tolist() == [1, 1]
     assert result.table["bytes_up"].tolist() == [4 * (14 + 9) + 1] * 2
+    # A row through what they return takes 6*2 + 2*3; through what they trained 6*4 + 4*3.
+    assert result.table["macs"].tolist() == [18] * 2
+    assert result.table["flops"].tolist() == [3 * 36 * 12] * 2
+
+
+@pytest.mark.parametrize("way", ["loop", "vmap"])
+def test_a_step_is_charged_for_each_of_its_passes(way):
+    net, data = toys.linear(2, 3), toys.all_train([5, 8], (2,), 3)
+    program = StepProgram(
+        lambda net, params, kept, inputs: params,
+        lambda net, local, batch, noise, inputs: (
+            local,
+            {"loss": batch["data"].mean(net(local, batch["data"].x).sum(1))},
+        ),
+        lambda net, local, inputs: ClientResult(local),
+        {"data": Stream(batch=4, epochs=3)},
+        passes=2.5,
+    )
+    algorithm = toys.OneProgram(toys.setting(net), program)
+    tasks = [toys.task(net, client) for client in (0, 1)]
+    result = toys.run_bundle(algorithm, tasks, data, net.init(0), way)
+    assert result.table["flops"].tolist() == [3 * 6 * 15 * 2.5, 3 * 6 * 24 * 2.5]
 
 
 @pytest.mark.parametrize("way", ["loop", "vmap"])
