@@ -22,7 +22,7 @@ from torch import Tensor
 
 from subfleet.algorithms.local import cross_entropy, mean_cross_entropy, sgd
 from subfleet.core import keep_ratio, masks
-from subfleet.core.algorithm import FULL, Algorithm, Cohort, Phase, RoundPlan, State, TierSize
+from subfleet.core.algorithm import FULL, Algorithm, Cohort, Phase, RoundPlan, State
 from subfleet.core.bindings import Binding
 from subfleet.core.errors import InputError
 from subfleet.core.importance import Importance, Kind
@@ -41,7 +41,6 @@ from subfleet.core.unit_rows import UnitRows
 from subfleet.core.units import IndexMap
 
 SHRINK = 0.95  # of all keep ratios together, until a tier's budget holds
-UNLIMITED = 2**62
 
 Local = dict[str, Any]
 """A client at work: `params`, `velocity`, `ratio` [G], `passes` and `drawn` [G, C], `step`."""
@@ -117,17 +116,13 @@ class ADDS(Algorithm):
 
     def _refuse_small_budgets(self) -> None:
         net = self.setting.net
-        least = net.cost(IndexMap.prefix(dict.fromkeys(self._rows.groups, 1)))
-        for tier, (macs, params) in zip(self.setting.tiers, self._limits, strict=True):
-            for name, cost, limit in (
-                ("flops", least.macs, int(macs)),
-                ("params", least.params, int(params)),
-            ):
-                if cost > limit:
-                    raise InputError(
-                        f"fleet tier {tier.name!r}: {name}={limit:,} is below the smallest "
-                        f"sub-network of {net.name!r}, {cost:,}; give it at least that"
-                    )
+        least = IndexMap.prefix(dict.fromkeys(self._rows.groups, 1))
+        for tier in self.setting.tiers:
+            for name, cost, limit in tier.over(net, least):
+                raise InputError(
+                    f"fleet tier {tier.name!r}: {name}={limit:,} is below the smallest "
+                    f"sub-network of {net.name!r}, {cost:,}; give it at least that"
+                )
 
     @cached_property
     def _rows(self) -> UnitRows:
@@ -183,7 +178,7 @@ class ADDS(Algorithm):
                 "lambda": torch.tensor(lambdas[i]),
                 "epsilon": epsilon,
                 "ratio": self._first_ratio(cohort.report[i]),
-                "limits": self._limits[tier],
+                "tier": torch.tensor(tier),
             }
             weight = 1.0 if self.weighting == "uniform" else float(samples)  # a_k, (19)
             tasks.append(
@@ -195,19 +190,6 @@ class ADDS(Algorithm):
         if self.persist and report is not None:
             return torch.tensor([report["ratio"][group] for group in self._rows.groups])
         return torch.full((len(self._rows.groups),), self.ratio)
-
-    @cached_property
-    def _limits(self) -> tuple[Tensor, ...]:
-        """The most multiply-accumulates and parameters of each tier, int64 [2]."""
-
-        def most(tier: TierSize) -> Tensor:
-            cost = self.setting.net.cost(tier.map)
-            if tier.flops is None and tier.params is None:  # a width
-                return torch.tensor([cost.macs, cost.params])
-            given = (tier.flops, tier.params)
-            return torch.tensor([UNLIMITED if limit is None else limit for limit in given])
-
-        return tuple(most(tier) for tier in self.setting.tiers)
 
     # --- one client --------------------------------------------------------------------------
 
@@ -306,11 +288,11 @@ class ADDS(Algorithm):
         ratio = torch.nan_to_num(local["ratio"].detach().cpu())
         b = torch.nan_to_num(self._matter.of(params, local["passes"]).cpu())
         kept = self._top(b, ratio) if self.architecture == "top" else local["drawn"].cpu() > 0
-        while not self._fits(kept, inputs["limits"].tolist()) and kept.sum() > len(kept):
+        tier = self.setting.tiers[int(inputs["tier"])]
+        while tier.over(self.setting.net, self._map(kept)):
             ratio = ratio * SHRINK
-            kept = kept & self._top(b, ratio)
-        units, space = self._rows.by_group(kept), self.setting.net.space
-        map = self._map(kept)
+            kept &= self._top(b.masked_fill(~kept, -1.0), ratio)
+        units, space, map = self._rows.by_group(kept), self.setting.net.space, self._map(kept)
         left = masks.coverage(params, {g: m.to(ratio.dtype) for g, m in units.items()}, space)
         return ClientResult(
             update=space.extract(params, map),
@@ -342,10 +324,6 @@ class ADDS(Algorithm):
     def _map(self, kept: Tensor) -> IndexMap:
         units = self._rows.by_group(kept)
         return IndexMap.from_masks({group: mask.numpy() for group, mask in units.items()})
-
-    def _fits(self, kept: Tensor, limits: list[int]) -> bool:
-        cost = self.setting.net.cost(self._map(kept))
-        return cost.macs <= limits[0] and cost.params <= limits[1]
 
 
 def _hex(mask: Tensor) -> str:

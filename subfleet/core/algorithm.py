@@ -68,6 +68,23 @@ class TierSize:
     flops: int | None = None
     params: int | None = None
 
+    def over(self, net: SuperNetwork, map: IndexMap) -> list[tuple[str, int, int]]:
+        """Where a sub-network costs more than the tier affords: (flops or params, cost, limit).
+
+        A tier that states a width alone affords what its own sub-network costs.
+        """
+        cost = net.cost(map)
+        limits = {"flops": self.flops, "params": self.params}
+        if self.flops is self.params is None:
+            own = net.cost(self.map)
+            limits = {"flops": own.macs, "params": own.params}
+        spent = {"flops": cost.macs, "params": cost.params}
+        return [
+            (name, spent[name], limit)
+            for name, limit in limits.items()
+            if limit is not None and spent[name] > limit
+        ]
+
 
 # --- what the server asks for, and what comes back ------------------------------------------
 
