@@ -1,10 +1,11 @@
-"""The options of a TOML table against the signature of what they are for."""
+"""The options of a TOML table: their signature checks them, its docstring explains them."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,20 @@ from subfleet.config_text import is_plain
 from subfleet.core.errors import InputError, did_you_mean
 
 Factory = Callable[..., Any]
+
+_SECTION = re.compile(r"(Options|Attributes|Args):")
+_ENTRY = re.compile(r"    (\w+)(?: \([^)]*\))?: *(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A key of a table, as it is shown: `type` in words, `default` None where there is none."""
+
+    name: str
+    type: str
+    default: Any
+    meaning: str
+    needed: bool
 
 
 def option_names(factory: Factory, given: frozenset[str] = frozenset()) -> list[str]:
@@ -76,6 +91,58 @@ def examples(factory: Factory) -> dict[str, str]:
     defaults = {name: p.default for name, p in signature(factory).items()}
     plain = (bool, int, float, str, tuple, list)
     return {n: json.dumps(v) for n, v in defaults.items() if isinstance(v, plain) and is_plain(v)}
+
+
+def options(factory: Factory, given: frozenset[str] = frozenset()) -> list[Option]:
+    """What a factory's table may hold, and what each key means as its docstring says."""
+    parameters, hints, said = signature(factory), _hints(factory), meanings(factory)
+    return [
+        Option(
+            name=name,
+            type=_in_words(hints[name]) if name in hints else "a value",
+            default=None if is_needed(parameters[name]) else parameters[name].default,
+            meaning=said.get(name, ""),
+            needed=is_needed(parameters[name]),
+        )
+        for name in option_names(factory, given)
+    ]
+
+
+def meanings(factory: Factory) -> dict[str, str]:
+    """What the docstring says of each parameter under "Options:", "Attributes:" or "Args:".
+
+    A class inherits the words of its bases, as it does their fields.
+
+    >>> class Pull:
+    ...     '''Holds clients near.
+    ...
+    ...     Options:
+    ...         mu: How strongly;
+    ...             0 is not at all.
+    ...     '''
+    >>> meanings(Pull)
+    {'mu': 'How strongly; 0 is not at all.'}
+    """
+    bases = factory.__mro__ if isinstance(factory, type) else (factory,)
+    found: dict[str, str] = {}
+    for base in reversed(bases):
+        found |= _entries(inspect.cleandoc(base.__doc__ or ""))
+    return found
+
+
+def _entries(text: str) -> dict[str, str]:
+    """The entries of a docstring's sections on parameters, their lines joined."""
+    found: dict[str, list[str]] = {}
+    inside, name = False, ""
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            inside, name = _SECTION.fullmatch(line) is not None, ""
+        elif inside and (entry := _ENTRY.fullmatch(line)):
+            name = entry[1]
+            found[name] = [entry[2]]
+        elif inside and name and line.strip():
+            found[name].append(line.strip())
+    return {name: " ".join(lines).strip() for name, lines in found.items()}
 
 
 def signature(factory: Factory) -> Mapping[str, inspect.Parameter]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -23,9 +24,10 @@ from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
 from subfleet.core.algorithm import Algorithm, Setting
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.supernet import SuperNetwork
-from subfleet.options import Factory, converted, is_needed, signature
+from subfleet.options import Factory, Option, converted, is_needed, options, signature
 from subfleet.options import check_options as check_options
 from subfleet.options import examples as examples
+from subfleet.options import meanings as meanings
 from subfleet.options import option_names as option_names
 
 if TYPE_CHECKING:
@@ -73,12 +75,48 @@ def algorithm_class(name: str) -> type[Algorithm]:
         InputError: There is none, or it is not an `Algorithm`.
     """
     found = _look_up("algorithm", name, algorithms())
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+    if not _is_algorithm(found):
         raise InputError(
             f"algorithm.name = {name!r}: {found!r} is not a class derived from "
             "subfleet.Algorithm; name such a class"
         )
+    _refuse_unfinished(name, found)
     return found
+
+
+def algorithm_options(cls: type[Algorithm]) -> list[Option]:
+    """The options of an algorithm: its fields after `setting`, as its docstrings explain them."""
+    return options(cls, _given(cls))
+
+
+def _is_algorithm(thing: Any) -> TypeGuard[type[Algorithm]]:
+    return isinstance(thing, type) and issubclass(thing, Algorithm)
+
+
+# What defines a hook already, by the hook.
+_DEFINED = {
+    "map_of": "subfleet.algorithms.fedpa.FedPA, where a tier trains the most that it affords",
+    "plan": "subfleet.algorithms.local.IndexedAveraging, where clients train by SGD and are "
+    "averaged: it asks for map_of(self, tier, round) alone",
+}
+
+
+def _refuse_unfinished(name: str, cls: type[Algorithm]) -> None:
+    """InputError where a class leaves out what it must say."""
+    missing = sorted(cls.__abstractmethods__)
+    if not missing:
+        return
+    hooks = ", ".join(f"{hook}{_signature_text(getattr(cls, hook))}" for hook in missing)
+    base = _DEFINED["map_of" if missing == ["map_of"] else "plan"]
+    raise InputError(
+        f"algorithm.name = {name!r}: the class {cls.__name__} does not define {hooks}; "
+        f"define {'it' if len(missing) == 1 else 'them'}, or derive from {base}"
+    )
+
+
+def _signature_text(hook: Factory) -> str:
+    """The parameters and result as they are written: `(self, tier: int) -> IndexMap`."""
+    return str(inspect.signature(hook)).replace("'", "")
 
 
 def model_factory(name: str) -> Factory:
@@ -120,9 +158,8 @@ def _users_own(table: str, name: str) -> Factory:
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [item for item in vars(found) if not item.startswith("_")]
             raise InputError(
-                f"{key}: {module_name!r} has no {attribute!r}; {did_you_mean(part, public)}"
+                f"{key}: {module_name!r} has no {attribute!r}; {_instead(table, part, found)}"
             )
         found = getattr(found, part)
     if not callable(found):
@@ -130,6 +167,25 @@ def _users_own(table: str, name: str) -> Factory:
             f"{key}: a {type(found).__name__} cannot be called; name a class or a function"
         )
     return found
+
+
+def _instead(table: str, name: str, module: Any) -> str:
+    """What of a module could have been meant: its own classes and functions, not its imports."""
+
+    def home(thing: Any) -> str:
+        return str(getattr(thing, "__module__", None) or "").partition(".")[0]
+
+    package = home(module) or module.__name__.partition(".")[0]
+    fits = _is_algorithm if table == "algorithm" else callable
+    own = [
+        item
+        for item, thing in vars(module).items()
+        if not item.startswith("_") and fits(thing) and home(thing) == package
+    ]
+    if own:
+        return did_you_mean(name, own)
+    wanted = "class derived from subfleet.Algorithm" if table == "algorithm" else "callable"
+    return f"it defines no {wanted}; add one"
 
 
 # --- built ----------------------------------------------------------------------------------------

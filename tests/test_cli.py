@@ -107,6 +107,25 @@ def test_lists_come_as_a_table_and_as_json(command: list[str]) -> None:
         assert row["what"]
 
 
+def test_an_algorithm_is_described_with_its_options() -> None:
+    found = json.loads(runner.invoke(app, ["algorithms", "stc", "--json"]).stdout)
+    assert found["name"] == "stc" and found["paper"] == "Sattler et al. 2020"
+    (p_up,) = [option for option in found["options"] if option["name"] == "p_up"]
+    assert p_up["default"] == 0.0025 and p_up["needed"] is False
+    assert p_up["type"] == "a number or one of 'adds_femnist', 'adds_celeba'"
+    assert '"adds_femnist" (0.2439)' in p_up["meaning"]
+    table = runner.invoke(app, ["algorithms", "stc"]).stdout
+    assert all(option["name"] in table for option in found["options"])
+    assert "[algorithm]" in table and "0.2439" in table
+    listed = json.loads(runner.invoke(app, ["algorithms", "--json"]).stdout)
+    assert found in listed
+
+
+def test_an_unknown_algorithm_is_not_described() -> None:
+    done = runner.invoke(app, ["algorithms", "stx"])
+    assert done.exit_code == 2 and "did you mean 'stc'?" in done.stderr
+
+
 COMMANDS = [
     "run",
     "sweep",

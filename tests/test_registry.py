@@ -137,6 +137,67 @@ def test_the_users_own_is_found_in_the_working_folder(users_folder: Path) -> Non
         registry.build_data(wrong, seed=11)
 
 
+def test_a_users_hooks_that_are_missing_are_named(users_folder: Path) -> None:
+    (users_folder / "users_sam.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from subfleet import Algorithm\n"
+        "from subfleet.algorithms import FedAvg\n"
+        "from subfleet.algorithms.local import IndexedAveraging\n"
+        "@dataclass(frozen=True)\nclass Sam(IndexedAveraging):\n    rho: float = 0.1\n"
+        "@dataclass(frozen=True)\nclass Bare(Algorithm):\n    pass\n"
+        "class Helper:\n    pass\n"
+    )
+    with pytest.raises(InputError) as caught:
+        registry.algorithm_class("users_sam:Sam")
+    words = str(caught.value)
+    assert "Sam does not define map_of(self, tier: int, round: int) -> IndexMap; define it" in words
+    assert "derive from subfleet.algorithms.fedpa.FedPA" in words
+    with pytest.raises(InputError) as caught:
+        registry.algorithm_class("users_sam:Bare")
+    words = str(caught.value)
+    assert "phase(self, round: int) -> Phase, plan(self, state: State, cohort: Cohort" in words
+    assert "define them, or derive from subfleet.algorithms.local.IndexedAveraging" in words
+    # At once, before any data are read.
+    experiment = Experiment(data={"name": "femnist"}, algorithm={"name": "users_sam:Sam"})
+    with pytest.raises(InputError, match="does not define map_of"):
+        registry.check_names(experiment)
+
+
+def test_a_wrong_name_in_a_users_module_lists_what_can_be_meant(users_folder: Path) -> None:
+    (users_folder / "users_mine.py").write_text(
+        "from dataclasses import dataclass, replace\nfrom pathlib import Path\n"
+        "from subfleet.algorithms import FedAvg\nfrom subfleet.models import vgg\n"
+        "class Mine(FedAvg):\n    pass\n"
+        "def network():\n    return vgg()\n"
+    )
+    for look_up, known in (
+        (registry.algorithm_class, "known: Mine"),
+        (registry.model_factory, "known: Mine, network"),
+        (registry.data_factory, "known: Mine, network"),
+    ):
+        with pytest.raises(InputError) as caught:
+            look_up("users_mine:Zzz")
+        assert str(caught.value).endswith(f"'users_mine' has no 'Zzz'; {known}")
+    with pytest.raises(InputError, match=r"it defines no class derived from subfleet\.Algorithm"):
+        registry.algorithm_class("json:Nope")
+
+
+def test_every_option_of_a_built_in_algorithm_says_what_it_means() -> None:
+    for name, cls in registry.algorithms().items():
+        options = registry.algorithm_options(cls)
+        assert [o.name for o in options] == registry.option_names(cls)[1:]
+        assert [o.name for o in options if not o.meaning or o.type == "a value"] == [], name
+        # And nothing is explained that is not there.
+        assert set(registry.meanings(cls)) == {o.name for o in options}, name
+
+
+def test_an_option_without_words_has_an_empty_meaning() -> None:
+    (first, *rest) = registry.options(network, frozenset({"num_classes"}))
+    assert (first.name, first.type, first.default) == ("widths", "a list such as [3, 5]", (4, 8))
+    assert {o.meaning for o in (first, *rest)} == {""} and not any(o.needed for o in rest)
+    assert registry.options(network)[0].needed and registry.options(network)[0].default is None
+
+
 def test_what_a_users_module_raises_is_shown(users_folder: Path) -> None:
     (users_folder / "users_broken.py").write_text("import users_missing\n")
     (users_folder / "users_syntax.py").write_text("def (:\n")

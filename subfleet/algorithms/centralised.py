@@ -29,10 +29,15 @@ class Centralised(Algorithm):
 
     or `train.steps`, where these are given. Passes over the data go on from round to
     round, so that in the long run every row is seen equally often. No bytes are charged,
-    and the fleet's budgets do not count. `run.cohort` has no effect.
+    and the fleet's budgets do not count. `run.cohort` has no effect: the pool is one client,
+    of a tier that the fleet's shares give it.
 
     The data are pooled when a run is assembled (`subfleet.launch`), for `pools` asks for
     it. Given clients that are none's pool, it is local SGD on each, averaged by samples.
+
+    Options:
+        fraction: In (0, 1]: the share of the clients whose work a round stands for; of no
+            effect where train.steps is given.
     """
 
     fraction: float = 0.3

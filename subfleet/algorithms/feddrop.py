@@ -33,6 +33,12 @@ class FedDrop(IndexedAveraging):
 
     A tier whose budget allows fewer units takes as many as it may, out of the same draw:
     the units that poor clients train are among those of the rich.
+
+    Options:
+        keep: In (0, 1]: the share of the units of each hidden layer that stay, or as many as
+            the tier's budget allows where that is fewer.
+        per_client: Whether each client has a sub-network of its own; else a round's clients
+            share one.
     """
 
     keep: float = 0.75

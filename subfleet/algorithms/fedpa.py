@@ -25,6 +25,10 @@ class FedPA(IndexedAveraging):
 
     BatchNorm's running statistics stay on the clients by default, as the paper
     has it: they never travel, and the widths they belong to differ.
+
+    Options:
+        normaliser: "count" averages a coordinate over the clients that have it; "all" lets
+            those who have it not vote for the server's value.
     """
 
     statistics: Statistics = "local"

@@ -24,8 +24,14 @@ class FedProx(OneNetwork, IndexedAveraging):
     server:  w <- sum_k (n_k / sum n) w_k
 
     With probability `stragglers` a client has time in a round for a random number of epochs
-    only, each of 1 to E equally likely; what it returns counts like the others'. mu = 0
-    without stragglers is FedAvg. The authors try a `mu` of 0.001, 0.01, 0.1 and 1.
+    only, each of 1 to E equally likely; what it returns counts like the others'. In the client
+    table it has fewer `steps`, and its status is ok. mu = 0 without stragglers is FedAvg.
+
+    Options:
+        mu: How strongly clients are held where they began, 0 (not at all) or more, with
+            lr mu < 2 (1 + momentum); the authors try 0.001, 0.01, 0.1 and 1.
+        stragglers: In [0, 1]: the share of a round's clients that do fewer epochs; of use from
+            train.epochs = 2 on.
     """
 
     mu: float = 0.01
@@ -49,9 +55,33 @@ class FedProx(OneNetwork, IndexedAveraging):
                 f"algorithm.stragglers={self.stragglers}: stragglers do fewer epochs, but "
                 "train.steps counts steps; set train.epochs instead, or stragglers to 0"
             )
+        self._check_stable()
         # The engine's rule takes w <- w - lr (g + proximal (w - w_start)) for every client.
         rule = replace(self.setting.rule, proximal=float(self.mu))
         object.__setattr__(self, "setting", replace(self.setting, rule=rule))
+
+    def _check_stable(self) -> None:
+        """Beyond the bound the pull alone makes w swing ever farther around w^t.
+
+        w <- w - lr v,  v <- m v + mu (w - w^t)  converges for  lr mu < 2 (1 + m).
+        """
+        rule = self.setting.rule
+        bound = 2 * (1 + rule.momentum)
+        if rule.lr * self.mu >= bound:
+            raise InputError(
+                f"algorithm.mu={self.mu:g} times train.lr={rule.lr:g} is {rule.lr * self.mu:g}, "
+                f"not below {bound:g} = 2 (1 + train.momentum): clients would diverge; "
+                f"set mu below {bound / rule.lr:g}, such as 0.01"
+            )
+
+    def doubts(self) -> tuple[str, ...]:
+        """Of one epoch, nobody can do fewer."""
+        if self.stragglers > 0 and self.setting.stream.epochs == 1:
+            return (
+                f"algorithm.stragglers = {self.stragglers:g} has no effect where train.epochs = 1: "
+                "a straggler does 1 to E whole epochs; set train.epochs to 2 or more",
+            )
+        return ()
 
     def map_of(self, tier: int, round: int) -> IndexMap:
         """The same for every tier and round."""

@@ -104,8 +104,9 @@ def tasks(net: SuperNetwork, cohort: Cohort, map_of: Callable[[int], IndexMap]) 
 class OneNetwork(Algorithm):
     """Every client trains the same network: by default the largest that the poorest tier can run.
 
-    `width` in (0, 1] fixes the network's width instead and ignores the budgets:
-    ``width = 1.0`` is a fleet that could afford everything.
+    Options:
+        width: In (0, 1]: fixes the network's width instead and ignores the budgets; 1.0 is a
+            fleet that could afford everything.
     """
 
     width: float | None = None
@@ -139,6 +140,10 @@ class IndexedAveraging(Algorithm):
         w_j <- sum_{k covers j} n_k w_kj / sum_{k covers j} n_k,  kept where nobody covers j.
 
     The server's step is `Algorithm`'s own.
+
+    Options:
+        statistics: Who holds BatchNorm's running statistics: "local" each client its own,
+            "indexed_mean" the server the mean of those that are sent.
     """
 
     statistics: Statistics = "indexed_mean"

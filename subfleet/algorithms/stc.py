@@ -76,10 +76,15 @@ class STC(OneNetwork):
     and counted, and the server averages them, every client alike.
 
     Clients train without momentum, whatever the experiment's rule says: the residuals are
-    the memory of former steps. `p_up` and `p_down` are fractions of the entries, or
-    "adds_femnist" (0.2439) or "adds_celeba" (0.1582). With `per_tensor` each tensor is
-    compressed by itself, else all together. Without `ternary` entries keep their
-    magnitudes, 4 bytes each.
+    the memory of former steps.
+
+    Options:
+        p_up: The fraction in (0, 1] of the entries that a client sends, or what the tables of
+            the ADDS paper imply: "adds_femnist" (0.2439) or "adds_celeba" (0.1582).
+        p_down: The same of the server's messages.
+        per_tensor: Whether each tensor is compressed by itself; else all together.
+        ternary: Whether all entries sent of a tensor share one magnitude; else each keeps its
+            own, 4 bytes each.
     """
 
     p_up: Sparsity = 1 / 400
@@ -97,6 +102,15 @@ class STC(OneNetwork):
                     f"algorithm.{name}={p} is outside (0, 1]; give the fraction of the entries "
                     "that are sent, such as 0.0025"
                 )
+
+    def doubts(self) -> tuple[str, ...]:
+        """Momentum is not used."""
+        if momentum := self.setting.rule.momentum:
+            return (
+                f"train.momentum = {momentum:g} has no effect: stc trains without; a train.lr that "
+                f"was chosen beside it wants to be {1 / (1 - momentum):.3g} times as large",
+            )
+        return ()
 
     def compress(self, change: Params, p: Sparsity) -> Message:
         """Encodes tensors and decodes them again."""

@@ -133,6 +133,25 @@ def test_bad_options_are_refused(options, message):
         FedProx(toys.setting(toys.mlp()), **options)
 
 
+@pytest.mark.parametrize(("momentum", "bound"), [(0.0, 4.0), (0.9, 7.6)])
+def test_a_mu_that_diverges_is_refused(momentum, bound):
+    """The pull alone, v <- m v + mu w, w <- w - lr v, shrinks below the bound and grows above."""
+    setting = toys.setting(toys.linear(2, 2), rule=LocalRule(0.5, momentum))
+
+    def left(mu):
+        w, v = 1.0, 0.0
+        for _ in range(2000):
+            v = momentum * v + mu * w
+            w -= 0.5 * v
+        return abs(w)
+
+    assert left(0.99 * bound) < 1e-3 and left(1.01 * bound) > 1e3
+    assert FedProx(setting, mu=0.99 * bound).mu < bound
+    for mu in (bound, 1.01 * bound, 1e30, float("inf")):
+        with pytest.raises(InputError, match=rf"set mu below {bound:g}, such as 0.01"):
+            FedProx(setting, mu=mu)
+
+
 def test_stragglers_need_epochs():
     setting = toys.setting(toys.mlp(), stream=Stream(batch=4, steps=3))
     with pytest.raises(InputError, match=r"train\.steps counts steps; set train\.epochs"):
