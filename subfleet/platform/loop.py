@@ -25,6 +25,7 @@ from subfleet.core.program import (
     StepProgram,
     Stream,
 )
+from subfleet.platform import returned
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.resident import Resident, finite
 from subfleet.platform.steps import Stepper
@@ -103,7 +104,8 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
         if program.finish is None:
             result = ClientResult(trained)
         else:
-            result = program.finish(start, trained, chunk.kept(index), inputs)
+            made = program.finish(start, trained, chunk.kept(index), inputs)
+            result = returned.result(program.finish, made)
         rows = sum(map(len, schedule))
         loss = _mean(losses, schedule)
         healthy = (rows == 0 or math.isfinite(loss)) and finite(stepper.weights)
@@ -140,12 +142,13 @@ def _step_client(chunk: Chunk, index: int, net: Resident, program: StepProgram) 
         extra = {} if program.kind is None else {"kind": program.kind(number)}
         noise = Noise(key + number, chunk.device)
         with net.step.entered(noise):
-            local, metrics = program.step(net, local, given, noise, inputs, **extra)
+            out = program.step(net, local, given, noise, inputs, **extra)
+        local, metrics = returned.stepped(program.step, out)
         size = len(given[first].y)
         if "loss" in metrics:
             total = total + metrics["loss"].detach() * size
         rows += size
-    result = program.final(net, local, inputs)
+    result = returned.result(program.final, program.final(net, local, inputs))
     healthy = bool(torch.isfinite(total)) and finite(list(result.update.values()))
     loss = float(total) / rows if rows else float("nan")
     return Trained(result, loss, len(feeds[first][1]), rows, healthy, None)
@@ -166,7 +169,7 @@ def _run_client(chunk: Chunk, index: int, net: Resident, program: RunProgram) ->
         data=lambda part: chunk.data(index, part, net),
         generator=generator,
     )
-    result = program.run(context)
+    result = returned.result(program.run, program.run(context))
     loss = result.metrics.get("loss", float("nan"))
     healthy = not result.update or finite(list(result.update.values()))
     return Trained(result, loss, 0, task.num_samples, healthy, None)

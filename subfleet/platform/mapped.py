@@ -15,6 +15,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from subfleet.core.program import Batch, ClientResult, LossProgram, Noise, Params, StepProgram
+from subfleet.platform import returned
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.feed import Feed
 from subfleet.platform.resident import Resident, finite
@@ -93,9 +94,8 @@ def _loss_clients(
         if program.finish is None:
             result = ClientResult(mine)
         else:
-            result = program.finish(
-                chunk.start(index), mine, chunk.kept(index), chunk.inputs(index)
-            )
+            made = program.finish(chunk.start(index), mine, chunk.kept(index), chunk.inputs(index))
+            result = returned.result(program.finish, made)
         healthy = num_rows_K[k] == 0 or (
             math.isfinite(mean_K[k]) and (all_finite or finite([mine[name] for name in trainable]))
         )
@@ -125,7 +125,8 @@ def _step_clients(
         def one(local, given, key, inputs, extra=extra):
             whole = {name: _batch(*feed) for name, feed in given.items()}
             with net.step.entered(Noise(key)):
-                return program.step(net, local, whole, Noise(key), inputs, **extra)
+                out = program.step(net, local, whole, Noise(key), inputs, **extra)
+            return returned.stepped(program.step, out)
 
         given = {name: feed.at(number) for name, feed in feeds.items()}
         stepped, metrics = vmap(one)(local, given, keys + number, inputs)
@@ -137,7 +138,8 @@ def _step_clients(
     mean_K, num_rows_K = main.means(losses), main.num_rows_K
     for k, index in enumerate(group):
         mine = pytree.tree_map(lambda leaf, k=k: leaf[k], local)
-        result = program.final(net, mine, chunk.inputs(index))
+        made = program.final(net, mine, chunk.inputs(index))
+        result = returned.result(program.final, made)
         healthy = num_rows_K[k] == 0 or (
             math.isfinite(mean_K[k]) and finite(list(result.update.values()))
         )
