@@ -23,7 +23,7 @@ from subfleet.config import Tier as TierTable
 from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Tier
 from subfleet.core.errors import InputError
-from subfleet.core.program import LocalRule, Params, Stream
+from subfleet.core.program import LocalRule, LossProgram, Params, Stream
 from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
@@ -37,7 +37,7 @@ from subfleet.platform.files import last_checkpoint
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.job import Job, RunOptions
 from subfleet.platform.metrics import ClientsLog, Observer, read_metrics
-from subfleet.platform.record import EngineRecord
+from subfleet.platform.record import EngineRecord, possible
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
@@ -280,6 +280,13 @@ def _doubts(experiment: Experiment, job: Job) -> list[str]:
             f"costs of {experiment.model.name} leave out {', '.join(net.uncounted[:3])}: its "
             "flops are too low"
         )
+    doubts += job.work.algorithm.doubts()
+    doubts += _engine_doubts(experiment, job)
+    if job.work.algorithm.pools and experiment.run.cohort != RunTable().cohort:
+        doubts.append(
+            f"run.cohort = {experiment.run.cohort} has no effect: {experiment.algorithm.name} "
+            "trains on one pool of all training clients' rows"
+        )
     held_out = len(split_of(job.federation, experiment.run.seed)[1])
     wanted = experiment.run.eval_clients
     if held_out and wanted > held_out and wanted != RunTable().eval_clients:
@@ -287,6 +294,27 @@ def _doubts(experiment: Experiment, job: Job) -> list[str]:
             f"run.eval_clients = {wanted}, and {held_out} clients are held out: "
             "accuracy is measured on these"
         )
+    return doubts
+
+
+def _engine_doubts(experiment: Experiment, job: Job) -> list[str]:
+    """Ways of computing clients that are asked for and not possible."""
+    run, doubts = experiment.run, []
+    program = job.work.algorithm.phase(1).program
+    ways = possible(job.work.net, program)
+    what = f"{experiment.algorithm.name} on {experiment.model.name}"
+    if run.engine not in ("auto", *ways):
+        doubts.append(
+            f'run.engine = "{run.engine}" has no effect: clients of {what} can be computed by '
+            f"{', '.join(sorted(ways))} alone"
+        )
+    if run.compile and (not isinstance(program, LossProgram) or ways == {"loop"}):
+        why = (
+            "takes its gradients itself, and only the engine's own steps are compiled"
+            if not isinstance(program, LossProgram)
+            else "has recurrent layers, which are not compiled"
+        )
+        doubts.append(f"run.compile = true has no effect: {what} {why}")
     return doubts
 
 

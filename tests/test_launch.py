@@ -184,6 +184,28 @@ def test_max_seconds_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
             "the width of tier low has no effect: logreg has no units that can be left out",
         ),
         ({"run__eval_clients": 9}, "run.eval_clients = 9, and 4 clients are held out"),
+        (
+            {"algorithm": {"name": "stc"}, "train__momentum": 0.9},
+            "train.momentum = 0.9 has no effect: stc trains without; a train.lr that was chosen "
+            "beside it wants to be 10 times as large",
+        ),
+        (
+            {"algorithm": {"name": "fedprox", "stragglers": 0.5}, "train__epochs": 1},
+            "algorithm.stragglers = 0.5 has no effect where train.epochs = 1",
+        ),
+        (
+            {"algorithm": {"name": "centralised"}},
+            "run.cohort = 4 has no effect: centralised trains",
+        ),
+        (
+            {"algorithm": {"name": "adds"}, "run__engine": "traced"},
+            'run.engine = "traced" has no effect: clients of adds on small_cnn can be computed by '
+            "loop, vmap alone",
+        ),
+        (
+            {"algorithm": {"name": "pfedme"}, "run__compile": True},
+            "run.compile = true has no effect: pfedme on small_cnn takes its gradients itself",
+        ),
     ],
 )
 def test_settings_without_effect_are_pointed_out(
@@ -192,6 +214,16 @@ def test_settings_without_effect_are_pointed_out(
     with caplog.at_level(logging.WARNING, "subfleet"):
         launch(Experiment(**tables(run__rounds=1, **changes)), out=tmp_path / "run", local=True)
     assert [record.message for record in caplog.records if words in record.message]
+
+
+def test_settings_with_an_effect_are_not_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straggling = {"name": "fedprox", "stragglers": 0.5}
+    experiment = tables(run__rounds=1, algorithm=straggling, train__epochs=2, train__momentum=0.5)
+    with caplog.at_level(logging.WARNING, "subfleet"):
+        launch(Experiment(**experiment), out=tmp_path / "run", local=True)
+    assert not caplog.records
 
 
 def test_a_resume_with_nothing_left_to_do_says_so(
