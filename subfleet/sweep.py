@@ -54,14 +54,15 @@ class Cell:
 
 
 def grid_points(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
-    """All points of a grid by label, the last axis fastest.
+    """All points of a grid by label, the last axis fastest; what all share is in no label.
 
     >>> list(grid_points({"train.lr": [0.1, 0.2], "algorithm.name": ["fedpa"]}))
-    ['lr=0.1, name=fedpa', 'lr=0.2, name=fedpa']
+    ['lr=0.1', 'lr=0.2']
     """
+    varied = [key for key, values in grid.items() if len(values) > 1]
     points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
     return {
-        ", ".join(f"{key.split('.')[-1]}={value}" for key, value in point.items()) or "all": point
+        ", ".join(f"{key.split('.')[-1]}={point[key]}" for key in varied) or "all": point
         for point in points
     }
 
@@ -81,9 +82,17 @@ def cells(
         for seed in seeds:
             with _named(label):
                 one = experiment.with_values({**settings, "run.seed": seed})
-            name = f"{_slug(label)}-s{seed}-{one.fingerprint()[:10]}"
-            found.append(Cell(label, settings, one, out / name))
+            ending = f"-s{seed}-{one.fingerprint()[:10]}"
+            found.append(Cell(label, settings, one, _folder(out, _slug(label), ending)))
     return found
+
+
+def _folder(out: Path, slug: str, ending: str) -> Path:
+    """Where a cell goes: where it is already, if another grid labelled it otherwise."""
+    folder = out / f"{slug}{ending}"
+    if folder.exists():
+        return folder
+    return min(out.glob(f"*{ending}"), default=folder)
 
 
 @contextmanager

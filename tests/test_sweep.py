@@ -37,6 +37,27 @@ def test_a_grid_is_the_product_of_its_axes() -> None:
     assert list(grid_points({})) == ["all"]
 
 
+def test_what_all_points_share_is_in_no_label(tmp_path: Path) -> None:
+    grid = {"run.rounds": [3], "train.lr": [0.1, 0.2], "train.epochs": [1]}
+    points = grid_points(grid)
+    assert list(points) == ["lr=0.1", "lr=0.2"]
+    assert points["lr=0.2"] == {"run.rounds": 3, "train.lr": 0.2, "train.epochs": 1}
+    (first, _) = cells(base(), [7], points, tmp_path)
+    assert first.folder.name.startswith("lr=0.1-s7-")
+    assert first.experiment.run.rounds == 3
+    assert list(grid_points({"run.rounds": [3]})) == ["all"]
+
+
+def test_a_cell_is_found_under_whatever_label_it_was_run(tmp_path: Path) -> None:
+    settings = {"run.rounds": 1, "algorithm.name": "fedpa"}
+    (old,) = cells(base(), [0], {"rounds=1, name=fedpa": settings}, tmp_path)
+    run_cells([old], local=True)
+    (again,) = cells(base(), [0], {"all": settings}, tmp_path)
+    assert again.folder == old.folder and again.done() is not None
+    (other,) = cells(base(), [1], {"all": settings}, tmp_path)
+    assert other.folder.name.startswith("all-s1-") and other.done() is None
+
+
 def test_finished_cells_are_not_run_again_and_cut_ones_go_on(tmp_path: Path) -> None:
     todo = cells(base(), [0, 1], grid_points(GRID), tmp_path)
     assert len({cell.folder for cell in todo}) == 4
@@ -82,8 +103,8 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
         "fedpa",
         "fedavg",
     ]
-    assert "reading the data ...\ncell 1/4: name=fedpa, lr=0.1, seed 0\n" in plain.stderr
-    assert re.search(r"cell 2/4: name=fedpa, lr=0.1, seed 1, about \d+s left\n", plain.stderr)
+    assert "reading the data ...\ncell 1/4: name=fedpa, seed 0\n" in plain.stderr
+    assert re.search(r"cell 2/4: name=fedpa, seed 1, about \d+s left\n", plain.stderr)
     assert plain.stderr.count("round 2/2 ") == 4
     rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [row["seeds"] for row in rows] == [2, 2]
