@@ -22,6 +22,7 @@ from torch import Tensor
 ITERATIONS = 100  # at most: six to ten are usual
 EXACT = 1e-13  # how far sum p may be from alpha C, relative to C
 FULL = 1.0 - 1e-6  # from this keep ratio on all units are kept
+LEAST_EPSILON = 1e-6  # below it draws are those of the limit; far below, 1 / epsilon overflows
 
 
 class Sampling(NamedTuple):
@@ -36,14 +37,14 @@ def sampling(importance: Tensor, ratio: Tensor, epsilon: Tensor, real: Tensor) -
     """The probability with which each unit is kept, and how it moves with the ratio.
 
     `importance` [G, C], `ratio` [G] in (0, 1], `epsilon` > 0 a scalar, `real` bool [G, C].
-    A ratio of 1 keeps every unit, with slope 0.
+    A ratio of 1 keeps every unit, with slope 0. An epsilon below LEAST_EPSILON counts as that.
 
     >>> b, real = torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.ones(1, 4, dtype=torch.bool)
     >>> found = sampling(b, torch.tensor([0.5]), torch.tensor(0.1), real)
     >>> round(float(found.beta), 6), [round(p, 6) for p in found.p[0].tolist()]
     (0.322668, [0.09738, 0.226763, 0.684239, 0.991619])
     """
-    b, epsilon = importance.double(), epsilon.double()
+    b, epsilon = importance.double(), epsilon.double().clamp(min=LEAST_EPSILON)
     count = real.sum(1)  # C_g
     wanted = ratio.double().clamp(max=FULL) * count
     beta = _shift(b, wanted, epsilon.expand_as(wanted).contiguous(), real)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subfleet.core import seeds
-from subfleet.core.keep_ratio import sampling
+from subfleet.core.keep_ratio import LEAST_EPSILON, sampling
 
 
 def sampled(b, ratio, epsilon):
@@ -31,6 +31,15 @@ def test_four_units_by_hand(epsilon, beta, p):
     assert found[0] == pytest.approx(beta, abs=1e-6)
     if p is not None:
         assert found[1].tolist() == pytest.approx(p, abs=1e-6)
+
+
+def test_an_epsilon_below_the_least_counts_as_the_least():
+    least = sampled([0.1, 0.2, 0.4, 0.8], 0.5, LEAST_EPSILON)
+    for epsilon in (1e-300, 1e-60, 0.0):
+        found = sampled([0.1, 0.2, 0.4, 0.8], 0.5, epsilon)
+        assert found[0] == pytest.approx(least[0], abs=1e-9)
+        assert found[1].tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
+        assert bool(torch.isfinite(found[2]).all())
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1, 1.0, 10.0])
