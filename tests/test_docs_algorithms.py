@@ -1,0 +1,87 @@
+"""The page on algorithms: its algorithm of one's own runs, one by one and side by side alike."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from typer.testing import CliRunner
+
+from subfleet.algorithms import ALGORITHMS
+from subfleet.cli import app
+from subfleet.core.program import LocalRule
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "algorithms.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+FILES = {
+    found[1]: text for _, text in BLOCKS if (found := re.match(r"# (\S+\.(?:py|toml))\n", text))
+}
+COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the page's files, from which its modules are imported."""
+    folder = tmp_path_factory.mktemp("page")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        yield folder
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_run(command: str, folder: Path) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "subfleet"
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    if arguments[0] == "run":
+        summary = json.loads((folder / "runs" / "fedsam" / "summary.json").read_text())
+        assert summary["finished"] and "warning" not in done.stderr
+        rounds = (folder / "runs" / "fedsam" / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss_train"] for line in rounds]
+        assert losses[-1] < losses[0]
+    else:
+        assert "How far to look from w" in done.stdout
+
+
+def test_its_step_is_the_formula(folder: Path) -> None:
+    """One client's round by autograd, as the page's words have it."""
+    del folder
+    cls = importlib.import_module("fedsam").FedSAM
+    net, data = toys.linear(6, 3), toys.all_train([4], (6,), 3)
+    setting = toys.setting(net, rule=LocalRule(0.5))
+    algorithm, shared = cls(setting, rho=0.3), net.init(0)
+    program = algorithm.phase(1).program
+    x, y, _ = data.block(torch.tensor([0]).numpy(), "train")
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+
+    def gradient(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        w = {name: value.clone().requires_grad_() for name, value in w.items()}
+        scores = x @ w["fc.weight"].T + w["fc.bias"]
+        loss = torch.nn.functional.cross_entropy(scores, y)
+        return dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+
+    g = gradient(shared)
+    norm = sum(float(part.square().sum()) for part in g.values()) ** 0.5
+    g = gradient({name: w + 0.3 * g[name] / norm for name, w in shared.items()})
+    for way in ("loop", "vmap"):
+        ((update, *_),) = toys.each(net, program, [toys.task(net, 0)], data, shared, way)
+        for name, w in shared.items():
+            assert torch.allclose(update[name], w - 0.5 * g[name], atol=1e-5), (way, name)
+
+
+def test_its_table_has_every_algorithm() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(ALGORITHMS)
