@@ -103,17 +103,36 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
 
 
-def parsed() -> argparse.Namespace:
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in (0, 1]; give a share such as 0.25")
+    return value
+
+
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=float, default=0.25, help="of the VGG's layers")
-    parser.add_argument("--rows", type=int, default=230, help="a client's training rows")
-    parser.add_argument("--clients", type=int, default=4, help="in each turn")
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--width", type=share, default=0.25, help="of the VGG's layers")
+    parser.add_argument("--rows", type=count, default=230, help="a client's training rows")
+    parser.add_argument("--clients", type=count, default=4, help="in each turn")
+    parser.add_argument("--repeats", type=count, default=5, help="turns")
     parser.add_argument("--algorithms", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--json", action="store_true", help="figures for programs")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     options.algorithms = options.algorithms.split(",")
     unknown = [row for row in options.algorithms if row not in ROWS]
     if unknown:

@@ -51,6 +51,29 @@ def test_both_sides_train_networks_of_the_same_shapes(
     assert sum(value.numel() for value in workload.plain_module().parameters()) == parameters
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--clients", "0"], "--clients: '0' is not a whole number from 1 up"),
+        (["--repeats", "0"], "--repeats: '0' is not a whole number from 1 up"),
+        (["--rows", "x"], "--rows: 'x' is not a whole number from 1 up"),
+        (["--width", "0"], "--width: '0' is not in (0, 1]"),
+        (["--algorithms", "sct"], "--algorithms: unknown sct; known: fedavg"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_bound(
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("client_cost").parsed(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_rows_of_a_client_are_the_same_wherever_they_are_drawn(side: Any) -> None:
     workload = side("workloads").WORKLOADS["cifar_cnn"]
     block = side("engine_alone")._block(workload, np.array([7, 3]))

@@ -54,12 +54,14 @@ from adds_rate import fitted
 from common import Row, Table
 from measured import Results
 
+from subfleet.cli import parse_seeds
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "examples" / "papers" / "adds"
 REPORTED = (0, 1)  # the seeds of the page
+UNUSED = {"pfedme": ("lr", "momentum")}  # keys of [train] without effect: not in a row's file
 TRIED = "## What was tried\n\nNothing beyond the settings above yet."
 
 
@@ -114,7 +116,8 @@ def _own_settings(experiment: Experiment, plain: Experiment) -> dict[str, Any]:
     """A row's algorithm, and what its file says of training that FedAvg's does not."""
     tables, others = experiment.to_tables(), plain.to_tables()["train"]
     found = {f"algorithm.{key}": value for key, value in tables["algorithm"].items()}
-    own = {key: tables["train"].get(key, 0.0) for key in {*tables["train"], *others}}
+    keys = {*tables["train"], *others}.difference(UNUSED.get(experiment.algorithm.name, ()))
+    own = {key: tables["train"].get(key, 0.0) for key in keys}
     return found | {f"train.{k}": v for k, v in sorted(own.items()) if others.get(k, 0.0) != v}
 
 
@@ -164,6 +167,12 @@ def run(options: argparse.Namespace) -> tuple[list[Results], dict[str, str]]:
     """
     small = options.scale == "small"
     names = options.tables or (tuple(SMALL) if small else tuple(SETS))
+    absent = [name for name in names if not (options.data / name).is_dir()]
+    if absent and (small or not options.page_only):
+        raise InputError(
+            f"--data {options.data}: has no folder {', '.join(absent)}; put the publishers' files "
+            "there, or choose others with --tables"
+        )
     tables, cells = [], []
     for name in names:
         rows = SMALL_ROWS[name] if small else tuple(PAPER[name])
@@ -213,8 +222,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         help="train and hold out among what neither the page's seeds nor --seeds measure on",
     )
     add("--cache", type=Path, help="where cells are kept; cells/adds-SCALE by default")
-    add("--jobs", type=int, help="cells at a time, a core each; 0: one by one on Ray")
-    add("--minutes", type=float, default=90.0, help="no cell begins that would end later")
+    add("--jobs", type=_jobs, help="cells at a time, a core each; 0: one by one on Ray")
+    add("--minutes", type=_minutes, default=90.0, help="no cell begins that would end later")
     add("--page-only", action="store_true", help="write the page of finished cells, run none")
     add("--out", type=Path, help="the page, figures beside it; of a part of it CACHE/part.md")
     add("--json", help="a file for all figures; - prints them")
@@ -224,9 +233,14 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         if "SUBFLEET_DATA" not in os.environ:
             arguments.error("--data is missing: give the folder of the data sets")
         options.data = Path(os.environ["SUBFLEET_DATA"])
+    if not options.data.is_dir():
+        arguments.error(f"--data {options.data}: no such folder; give the one of the data sets")
     if options.jobs is None:
         options.jobs = (os.cpu_count() or 1) if small else 0
-    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+    try:
+        options.seeds = parse_seeds(options.seeds)
+    except InputError as error:
+        arguments.error(str(error))
     options.tables = _chosen(
         arguments, "--tables", options.tables, tuple(SMALL) if small else tuple(SETS)
     )
@@ -236,6 +250,22 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     if options.out is None:
         options.out = _page(options)
     return options
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0; give e.g. 90")
+    return value
 
 
 def _page(options: argparse.Namespace) -> Path:
