@@ -18,18 +18,19 @@ import pyarrow as pa
 import torch
 
 from subfleet import registry
-from subfleet.config import Experiment, RunTable, TrainTable
+from subfleet.config import Experiment, TrainTable
 from subfleet.config import Tier as TierTable
 from subfleet.core.algorithm import Setting, TierSize
 from subfleet.core.budget import Tier
 from subfleet.core.errors import InputError
-from subfleet.core.program import LocalRule, LossProgram, Params, Stream
+from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
 from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.datasets.federation import Federation, identity, split_of
 from subfleet.datasets.pooled import Pooled
+from subfleet.doubts import doubts
 from subfleet.platform import checkpoint
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
@@ -37,7 +38,7 @@ from subfleet.platform.files import last_checkpoint
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.job import Job, RunOptions
 from subfleet.platform.metrics import ClientsLog, Observer, read_metrics
-from subfleet.platform.record import EngineRecord, possible
+from subfleet.platform.record import EngineRecord
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
@@ -257,67 +258,6 @@ def command_name() -> str:
     return "subfleet"
 
 
-def _doubts(experiment: Experiment, job: Job) -> list[str]:
-    """Settings that are allowed, and yet do not do what they seem to."""
-    doubts, net = [], job.work.net
-    cut = [tier.name for tier in experiment.fleet.tiers if tier.width not in (None, 1.0)]
-    if cut and not job.work.net.elastic:
-        doubts.append(
-            f"the width of tier {', '.join(cut)} has no effect: {experiment.model.name} has no "
-            "units that can be left out, so every tier trains all of it"
-        )
-    for name, stated, elastic in (
-        ("depth", [t for t in experiment.fleet.tiers if t.depth < 1], job.work.net.stages),
-        ("kernel", [t for t in experiment.fleet.tiers if t.kernel], job.work.net.space.kernels),
-    ):
-        if stated and not elastic:
-            doubts.append(
-                f"the {name} of tier {', '.join(tier.name for tier in stated)} has no effect: "
-                f"{experiment.model.name} is not elastic in it"
-            )
-    if net.uncounted:
-        doubts.append(
-            f"costs of {experiment.model.name} leave out {', '.join(net.uncounted[:3])}: its "
-            "flops are too low"
-        )
-    doubts += job.work.algorithm.doubts()
-    doubts += _engine_doubts(experiment, job)
-    if job.work.algorithm.pools and experiment.run.cohort != RunTable().cohort:
-        doubts.append(
-            f"run.cohort = {experiment.run.cohort} has no effect: {experiment.algorithm.name} "
-            "trains on one pool of all training clients' rows"
-        )
-    held_out = len(split_of(job.federation, experiment.run.seed)[1])
-    wanted = experiment.run.eval_clients
-    if held_out and wanted > held_out and wanted != RunTable().eval_clients:
-        doubts.append(
-            f"run.eval_clients = {wanted}, and {held_out} clients are held out: "
-            "accuracy is measured on these"
-        )
-    return doubts
-
-
-def _engine_doubts(experiment: Experiment, job: Job) -> list[str]:
-    """Ways of computing clients that are asked for and not possible."""
-    run, doubts = experiment.run, []
-    program = job.work.algorithm.phase(1).program
-    ways = possible(job.work.net, program)
-    what = f"{experiment.algorithm.name} on {experiment.model.name}"
-    if run.engine not in ("auto", *ways):
-        doubts.append(
-            f'run.engine = "{run.engine}" has no effect: clients of {what} can be computed by '
-            f"{', '.join(sorted(ways))} alone"
-        )
-    if run.compile and (not isinstance(program, LossProgram) or ways == {"loop"}):
-        why = (
-            "takes its gradients itself, and only the engine's own steps are compiled"
-            if not isinstance(program, LossProgram)
-            else "has recurrent layers, which are not compiled"
-        )
-        doubts.append(f"run.compile = true has no effect: {what} {why}")
-    return doubts
-
-
 def _run_here(
     job: Job, folder: RunFolder, device: str, workers: int, observers: Sequence[Observer]
 ) -> dict[str, Any]:
@@ -342,7 +282,7 @@ def _folder(
 ) -> RunFolder:
     folder = _made_or_found(experiment, job, out, resume)
     told = getattr(job.federation, "report", {}).get("warnings", [])
-    return replace(folder, warnings=(*folder.warnings, *told, *_doubts(experiment, job)))
+    return replace(folder, warnings=(*folder.warnings, *told, *doubts(experiment, job)))
 
 
 def _made_or_found(

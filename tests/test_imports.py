@@ -43,7 +43,7 @@ ENGINE = {
         "memory",
         "compiling",
     ),
-    "layers",
+    *("layers", "returned"),
 }
 
 
