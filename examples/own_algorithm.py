@@ -19,6 +19,10 @@ class GrowingFedProx(IndexedAveraging):
     """w_k <- w_k - lr (grad L_k(w_k) + mu (w_k - w)); everybody small for `small_rounds`.
 
     The fields are the options of `[algorithm]`, checked like every other key.
+
+    Options:
+        mu: How strongly clients are held near the model they were sent, 0 (FedPA) or more.
+        small_rounds: In how many first rounds everybody trains the smallest network.
     """
 
     mu: float = 0.01

@@ -192,9 +192,21 @@ def _instead(table: str, name: str, module: Any) -> str:
 
 
 def build_algorithm(table: AlgorithmTable, setting: Setting) -> Algorithm:
-    """The algorithm of `[algorithm]` with its options, in its setting."""
+    """The algorithm of `[algorithm]` with its options, in its setting.
+
+    Raises:
+        InputError: An option is wrong, or nobody says what becomes of collected results.
+    """
     cls = algorithm_class(table.name)
-    return cls(setting, **check_options("algorithm", cls, table.options, _given(cls), table.name))
+    checked = check_options("algorithm", cls, table.options, _given(cls), table.name)
+    algorithm = cls(setting, **checked)
+    if algorithm.phase(1).reduction == "collect" and cls.server_step is Algorithm.server_step:
+        raise InputError(
+            f"algorithm.name = {table.name!r}: the phase of {cls.__name__} collects results, and "
+            f"the class does not define server_step{_signature_text(Algorithm.server_step)}; "
+            'define it, `reduced` is a list of Collected, or let the phase say reduction = "sum"'
+        )
+    return algorithm
 
 
 def model_facts(federation: Federation) -> dict[str, Any]:

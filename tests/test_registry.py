@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import toys
 
 from subfleet import registry
 from subfleet.config import AlgorithmTable, DataTable, Experiment, ModelTable
@@ -161,6 +162,20 @@ def test_a_users_hooks_that_are_missing_are_named(users_folder: Path) -> None:
     experiment = Experiment(data={"name": "femnist"}, algorithm={"name": "users_sam:Sam"})
     with pytest.raises(InputError, match="does not define map_of"):
         registry.check_names(experiment)
+
+
+def test_results_that_nobody_would_use_are_refused(users_folder: Path) -> None:
+    (users_folder / "users_collects.py").write_text(
+        "from dataclasses import dataclass, replace\n"
+        "from subfleet.algorithms import FedAvg\n"
+        "@dataclass(frozen=True)\nclass Collects(FedAvg):\n"
+        "    def phase(self, round):\n"
+        "        return replace(super().phase(round), reduction='collect')\n"
+    )
+    table = AlgorithmTable(name="users_collects:Collects")
+    setting = toys.setting(toys.linear(2, 2))
+    with pytest.raises(InputError, match=r"does not define server_step\(self, state: State, plan:"):
+        registry.build_algorithm(table, setting)
 
 
 def test_a_wrong_name_in_a_users_module_lists_what_can_be_meant(users_folder: Path) -> None:

@@ -48,7 +48,7 @@ class FedProx(OneNetwork, IndexedAveraging):
         if not 0 <= self.stragglers <= 1:
             raise InputError(
                 f"algorithm.stragglers={self.stragglers} is outside [0, 1]; give the share of a "
-                "round's clients that do fewer epochs"
+                "round's clients that do fewer epochs, such as 0.5"
             )
         if self.stragglers > 0 and self.setting.stream.steps is not None:
             raise InputError(

@@ -115,7 +115,7 @@ class OneNetwork(Algorithm):
         if self.width is not None and not 0 < self.width <= 1:
             raise InputError(
                 f"algorithm.width={self.width} is outside (0, 1]; "
-                "give a fraction of the channels, or leave it out to follow the budgets"
+                "give a share of the channels, such as 0.5, or leave it out to follow the budgets"
             )
 
     @cached_property
