@@ -64,7 +64,7 @@ class ADDS(Algorithm):
         least_ratio: In (0, 1]: where alpha ends at the lowest.
         persist: Whether alpha goes on from where the client left it, from its second round on.
         arch_lr: The rate of alpha's steps, 0 or more.
-        epsilon: How inexact sampling is in round 1, above 0; near 0 only the most important
+        epsilon: How inexact sampling is in round 1, from 1e-6 up; near 0 only the most important
             units are drawn.
         epsilon_decay: In (0, 1]: what epsilon is multiplied by each round.
         penalty: Lambda, 0 or more; without it NJSD + 0.5 of the client's labels.
@@ -93,9 +93,14 @@ class ADDS(Algorithm):
 
     def __post_init__(self) -> None:
         self._check("least_ratio", 0 < self.least_ratio <= 1, "(0, 1]")
-        self._check("ratio", self.least_ratio <= self.ratio <= 1, f"[{self.least_ratio}, 1]")
+        self._check(
+            "ratio",
+            self.least_ratio <= self.ratio <= 1,
+            f"[{self.least_ratio}, 1], from algorithm.least_ratio on",
+        )
         self._check("arch_lr", self.arch_lr >= 0, "[0, inf)")
-        self._check("epsilon", self.epsilon > 0, "(0, inf)")
+        least = keep_ratio.LEAST_EPSILON
+        self._check("epsilon", self.epsilon >= least, f"[{least:g}, inf)")
         self._check("epsilon_decay", 0 < self.epsilon_decay <= 1, "(0, 1]")
         self._check("penalty", self.penalty is None or self.penalty >= 0, "[0, inf)")
         self._check("validation", 0 < self.validation < 1, "(0, 1)")
@@ -111,7 +116,8 @@ class ADDS(Algorithm):
     def _check(self, name: str, holds: bool, bounds: str) -> None:
         if not (holds and math.isfinite(getattr(self, name) or 0.0)):
             raise InputError(
-                f"algorithm.{name}={getattr(self, name)} is outside {bounds}; give a value in it"
+                f"algorithm.{name}={getattr(self, name)} is outside {bounds}; "
+                f"give {getattr(type(self), name) or 0.5}, say"
             )
 
     def _refuse_small_budgets(self) -> None:

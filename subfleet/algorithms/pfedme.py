@@ -19,6 +19,7 @@ from subfleet.core.program import (
     Batch,
     ClientResult,
     ClientTask,
+    LocalRule,
     Loss,
     Net,
     Noise,
@@ -72,13 +73,24 @@ class PFedMe(OneNetwork):
         for name in ("penalty", "personal_lr", "eta", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
-                    f"algorithm.{name}={getattr(self, name)} is outside [0, inf); give one in it"
+                    f"algorithm.{name}={getattr(self, name)} is outside [0, inf); "
+                    f"give {getattr(type(self), name)}, say"
                 )
         if self.inner_steps < 1:
             raise InputError(
                 f"algorithm.inner_steps={self.inner_steps} is below 1; give 1 or more, such as 5"
             )
         self._check_stable()
+
+    def doubts(self) -> tuple[str, ...]:
+        """Rates of `[train]` that were given and move nothing."""
+        rule, plain = self.setting.rule, LocalRule()
+        return tuple(
+            f"train.{name} = {getattr(rule, name):g} has no effect: pfedme's rates are "
+            "algorithm.personal_lr and algorithm.eta"
+            for name in ("lr", "momentum")
+            if getattr(rule, name) != getattr(plain, name)
+        )
 
     def _check_stable(self) -> None:
         """Beyond these bounds theta, or w_k, jumps over what it is pulled to."""
