@@ -75,7 +75,9 @@ def sent140(
     return _sample(reader, source, xs, ys, seed=seed, test_share=test_share)
 
 
-def apart(*, of: str, seeds: Sequence[int], seed: int = 0, **options: Any) -> Sample:
+def apart(
+    *, of: str, seeds: Sequence[int], seed: int = 0, progress: Any = None, **options: Any
+) -> Sample:
     """What the data set `of` trains on under every one of `seeds`, as a data set of its own.
 
     For choosing settings without a look at what tables of these seeds are measured on: clients
@@ -84,7 +86,9 @@ def apart(*, of: str, seeds: Sequence[int], seed: int = 0, **options: Any) -> Sa
     random by the run's seed, or, where rows follow each other, the last fifth tests (of windows
     into one text those at the cut may share characters). `options` are those of `of`.
     """
-    wholes = [build_data(DataTable(name=of, **options), seed=one) for one in seeds]
+    wholes = [
+        build_data(DataTable(name=of, **options), seed=one, progress=progress) for one in seeds
+    ]
     whole = wholes[0]
     ids = np.arange(whole.num_clients)
     for data, one in zip(wholes, seeds, strict=True):
