@@ -415,7 +415,10 @@ def test_tiny_clients_take_part(size, norm):
         ({"penalty": -1.0}, r"algorithm.penalty=-1.0 is outside \[0, inf\)"),
         ({"epsilon": 0.0}, r"algorithm.epsilon=0.0 is outside \[1e-06, inf\); give 1.0, say"),
         ({"epsilon_decay": 1.5}, r"epsilon_decay=1.5 is outside \(0, 1\]"),
-        ({"ratio": 1.5}, r"algorithm.ratio=1.5 is outside \[0.05, 1\], from algorithm.least_ratio on; give 1.0"),
+        (
+            {"ratio": 1.5},
+            r"algorithm.ratio=1.5 is outside \[0.05, 1\], from algorithm.least_ratio on; give 1.0",
+        ),
         ({"ratio": 0.01}, r"algorithm.ratio=0.01 is outside \[0.05, 1\]"),
         ({"least_ratio": 0.0}, r"least_ratio=0.0 is outside \(0, 1\]"),
         ({"arch_lr": -0.1}, r"arch_lr=-0.1 is outside"),
