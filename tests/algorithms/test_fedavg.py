@@ -46,6 +46,32 @@ def test_one_whole_batch_is_a_gradient_step_on_everybodys_data():
     assert toys.distance(state["params"], expected) < 1e-6
 
 
+def test_one_client_is_its_own_mean_and_equal_clients_are_one():
+    net, alone = toys.mlp(), toys.all_train([8], (6,), 3, seed=4)
+    block = alone.block(np.array([0]), "train")
+    x, y = np.concatenate([block.x] * 3), np.concatenate([block.y] * 3)
+    thrice = InMemory(x, y, np.array([0, 8, 16, 24]), num_classes=3, train=np.ones(24, bool))
+    algorithm = FedAvg(toys.setting(net, rule=LocalRule(lr=0.3), stream=WHOLE), width=1.0)
+    params = net.init(0)
+    one, result = toys.one_round(algorithm, alone, {"params": params}, [0])
+    (plain,) = toys.each(
+        net, algorithm.phase(1).program, [toys.task(net, 0, samples=8)], alone, params
+    )
+    assert toys.distance(one["params"], plain[0]) < 1e-7
+    three, _ = toys.one_round(algorithm, thrice, {"params": params}, [0, 1, 2])
+    assert toys.distance(three["params"], one["params"]) < 1e-6
+    assert result.table["num_samples"].tolist() == [8]
+
+
+def test_the_order_of_clients_does_not_matter():
+    net, data = toys.mlp(), toys.all_train([5, 12, 3], (6,), 3)
+    algorithm = FedAvg(toys.setting(net), width=1.0)
+    state = {"params": net.init(0)}
+    there, _ = toys.one_round(algorithm, data, state, [0, 1, 2])
+    back, _ = toys.one_round(algorithm, data, state, [2, 1, 0])
+    assert toys.distance(there["params"], back["params"]) < 1e-7
+
+
 def test_clients_that_return_what_they_got_change_nothing():
     net, data = toys.mlp(norm=True), toys.all_train([5, 12, 3], (6,), 3)
     rule = LocalRule(lr=0.0)
