@@ -103,6 +103,27 @@ def in_round(metrics: Path, round: int) -> bool:
     return metrics.exists() and metrics.read_bytes().count(b"\n") == round - 1
 
 
+def losing_a_host(
+    experiment: Experiment, hosts: int, out: Path, busy_hosts: Callable[[], list[int]]
+) -> tuple[Run, list[int]]:
+    """A run one of whose hosts is killed at work in round 2, and the process that it was."""
+    killed: list[int] = []
+
+    def kill_one(deadline: float) -> None:
+        while time.monotonic() < deadline and not killed:
+            time.sleep(0.005)
+            if in_round(out / "metrics.jsonl", 2):
+                for pid in busy_hosts()[:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    killer = Thread(target=kill_one, args=(time.monotonic() + 120,))
+    killer.start()
+    run = on_hosts(experiment, hosts, out)
+    killer.join()
+    return run, killed
+
+
 def test_streamed_rows_give_the_same_result(
     mixed_fleet: Experiment, inline: Run, tmp_path: Path
 ) -> None:
@@ -121,27 +142,36 @@ def test_a_host_killed_in_mid_round_changes_nothing_but_the_retries(
     busy_hosts: Callable[[], list[int]],
     tmp_path: Path,
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one(deadline: float) -> None:
-        while time.monotonic() < deadline and not killed:
-            time.sleep(0.005)
-            if in_round(tmp_path / "run" / "metrics.jsonl", 2):
-                for pid in busy_hosts()[:1]:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-
-    killer = Thread(target=kill_one, args=(time.monotonic() + 120,))
-    killer.start()
     experiment = mixed_fleet.with_overrides([f"run.stream={stream}"])
-    run = on_hosts(experiment, hosts, tmp_path / "run")
-    killer.join()
+    run, killed = losing_a_host(experiment, hosts, tmp_path / "run", busy_hosts)
     assert killed
     assert run.summary["params_sha256"] == inline.summary["params_sha256"]
     assert_every_round_once(run, mixed_fleet)
     retries = {record["round"]: record["retries"] for record in run.metrics}
     assert 1 <= retries[2] <= 2, "the killed host had one bundle at work and one at its door"
     assert sum(retries.values()) == retries[2]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "stc", "p_up": 0.1, "p_down": 0.1},
+        {"name": "pfedme", "begin": "personal", "eta": 0.05},
+    ],
+    ids=lambda algorithm: algorithm["name"],
+)
+def test_residuals_and_personal_models_survive_a_lost_host(
+    algorithm: dict, mixed_fleet: Experiment, busy_hosts: Callable[[], list[int]], tmp_path: Path
+) -> None:
+    """What a client kept in one round decides what it sends in the next."""
+    tables = mixed_fleet.to_tables()
+    tables["algorithm"] = algorithm
+    experiment = Experiment(**tables).with_overrides(["run.rounds=4"])
+    plain = launch(experiment, out=tmp_path / "inline", local=True)
+    run, killed = losing_a_host(experiment, 2, tmp_path / "run", busy_hosts)
+    assert killed and sum(record["retries"] for record in run.metrics) >= 1
+    assert run.summary["params_sha256"] == plain.summary["params_sha256"]
+    assert run.summary["acc_local"] == plain.summary["acc_local"]
 
 
 def test_a_run_without_a_host_that_answers_fails_and_says_so(mixed_fleet: Experiment) -> None:
