@@ -124,7 +124,7 @@ def test_what_is_apart_of_rows_in_order_is_split_in_order(
     x = np.arange(60, dtype=np.int16)[:, None]
     inner = samples.Sample(x, np.zeros(60), np.arange(0, 61, 10), train=np.arange(60) % 10 < 8)
     inner.ordered = True
-    monkeypatch.setattr(samples, "build_data", lambda table, seed: inner)
+    monkeypatch.setattr(samples, "build_data", lambda table, seed, progress: inner)
     made = samples.apart(of="it", seeds=[0], seed=5)
     ids, _ = split_of(inner, 0)
     firsts = 10 * ids[:, None]
