@@ -29,7 +29,7 @@ Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
 SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 16 << 20
-INNER_CACHE_BYTES = 2 << 20  # of a core alone
+COMPILED_BYTES = 6 << 20  # of weights side by side where steps are compiled
 FULL = IndexMap.full()
 
 
@@ -219,13 +219,13 @@ def candidates(
 
 
 def in_compiled_steps(net: SuperNetwork, choice: Choice) -> Choice:
-    """The same with compiled steps. They cost so little to call that few clients are enough.
+    """The same with compiled steps, which cost so little to call that fewer clients are enough.
 
-    On a CPU as many are side by side as leave their weights in a core's own cache.
+    On a CPU the fastest were as many as have `COMPILED_BYTES` of weights (docs/performance.md).
     """
     width = choice.side_by_side
     if choice.way == "vmap" and choice.device == "cpu":
-        inside = INNER_CACHE_BYTES // (4 * net.stored_params(FULL))
+        inside = COMPILED_BYTES // (4 * net.stored_params(FULL))
         width = max(2, min(width, 1 << max(0, inside.bit_length() - 1)))
     return replace(choice, compiled=True, side_by_side=width)
 
