@@ -132,7 +132,7 @@ class ADDS(Algorithm):
 
     @cached_property
     def _rows(self) -> UnitRows:
-        return UnitRows(self.setting.net)
+        return self._matter.rows
 
     @cached_property
     def _matter(self) -> Importance:
@@ -295,10 +295,12 @@ class ADDS(Algorithm):
         b = torch.nan_to_num(self._matter.of(params, local["passes"]).cpu())
         kept = self._top(b, ratio) if self.architecture == "top" else local["drawn"].cpu() > 0
         tier = self.setting.tiers[int(inputs["tier"])]
-        while tier.over(self.setting.net, self._map(kept)):
+        map = self._map(kept)
+        while tier.over(self.setting.net, map):
             ratio = ratio * SHRINK
             kept &= self._top(b.masked_fill(~kept, -1.0), ratio)
-        units, space, map = self._rows.by_group(kept), self.setting.net.space, self._map(kept)
+            map = self._map(kept)
+        units, space = self._rows.by_group(kept), self.setting.net.space
         left = masks.coverage(params, {g: m.to(ratio.dtype) for g, m in units.items()}, space)
         return ClientResult(
             update=space.extract(params, map),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from subfleet.core.errors import InputError
-from subfleet.datasets.federation import Federation, split_clients
+from subfleet.datasets.federation import Federation, split_of
 from subfleet.platform.engine import Work
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.record import Dtype, Engine, EngineRecord
@@ -51,7 +51,7 @@ class Job:
         return stored if self.options.stream is None else self.options.stream
 
     def __post_init__(self) -> None:
-        training = len(split_clients(self.work.seed, self.federation.num_clients)[0])
+        training = len(split_of(self.federation, self.work.seed)[0])
         if self.options.cohort > training:
             raise InputError(
                 f"run.cohort={self.options.cohort} is more than the {training} clients that train "
