@@ -57,11 +57,7 @@ def sgd(
     v <- m v + clip(g) + d w;  w <- w - lr v, only on the coordinates that `left` leaves: the
     dropped ones of a masked network have no gradient, but momentum and decay would move them.
     """
-    if rule.clip_norm is not None:
-        norms = [torch.linalg.vector_norm(grad) for grad in grads.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        scale = (rule.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        grads = {name: grad * scale for name, grad in grads.items()}
+    grads = clipped(grads, rule.clip_norm)
     moved, after = {}, {}
     for name, w in params.items():
         v = grads[name]
@@ -73,6 +69,15 @@ def sgd(
         step = v * left[name] if left is not None and name in left else v
         moved[name] = torch.add(w, step, alpha=-rule.lr)
     return moved, after
+
+
+def clipped(grads: Params, bound: float | None) -> Params:
+    """Gradients scaled so that their joint norm is at most `bound`; None leaves them."""
+    if bound is None:
+        return grads
+    norms = [torch.linalg.vector_norm(grad) for grad in grads.values()]
+    scale = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+    return {name: grad * scale for name, grad in grads.items()}
 
 
 def split_statistics(

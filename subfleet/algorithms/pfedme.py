@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from subfleet.algorithms.local import OneNetwork, cross_entropy, tasks
+from subfleet.algorithms.local import OneNetwork, clipped, cross_entropy, tasks
 from subfleet.core.algorithm import Cohort, Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError
 from subfleet.core.program import (
@@ -221,10 +221,7 @@ class Envelope:
             return self.loss(net, weights | own, batch, noise, inputs)[0], own
 
         gradient, value, seen = net.gradient(loss, weights)
-        if self.clip_norm is not None:
-            norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
-            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            gradient = {n: g * factor for n, g in gradient.items()}
+        gradient = clipped(gradient, self.clip_norm)
         if self.weight_decay:
             gradient = {n: g + self.weight_decay * weights[n] for n, g in gradient.items()}
         return gradient, value, seen
