@@ -6,42 +6,30 @@ import importlib
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import toys
+from pages import Page
 from typer.testing import CliRunner
 
 from subfleet.algorithms import ALGORITHMS
 from subfleet.cli import app
 from subfleet.core.program import LocalRule
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "algorithms.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-FILES = {
-    found[1]: text for _, text in BLOCKS if (found := re.match(r"# (\S+\.(?:py|toml))\n", text))
-}
-COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines()]
+PAGE = Page("algorithms.md")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the page's files, from which its modules are imported."""
-    folder = tmp_path_factory.mktemp("page")
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
+    with PAGE.written(tmp_path_factory.mktemp("page")) as folder:
         yield folder
-    for name in FILES:
-        sys.modules.pop(Path(name).stem, None)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", PAGE.commands)
 def test_its_commands_run(command: str, folder: Path) -> None:
     program, *arguments = shlex.split(command)
     assert program == "subfleet"
@@ -84,4 +72,4 @@ def test_its_step_is_the_formula(folder: Path) -> None:
 
 
 def test_its_table_has_every_algorithm() -> None:
-    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(ALGORITHMS)
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE.text, re.MULTILINE)) == set(ALGORITHMS)

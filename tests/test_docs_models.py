@@ -7,46 +7,38 @@ import json
 import re
 import runpy
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pages import Page
 from typer.testing import CliRunner
 
 from subfleet.cli import app
 from subfleet.core.units import IndexMap
 from subfleet.models import ZOO
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-FILES = {
-    found[1]: text for _, text in BLOCKS if (found := re.match(r"# (\S+\.(?:py|toml))\n", text))
-}
-COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines()]
-SESSIONS = [text for language, text in BLOCKS if language == "python" and text.startswith(">>>")]
+PAGE = Page("models.md")
+SESSIONS = [
+    text for language, text in PAGE.blocks if language == "python" and text.startswith(">>>")
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the page's files, from which its modules are imported."""
-    folder = tmp_path_factory.mktemp("page")
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(folder)
+    with PAGE.written(tmp_path_factory.mktemp("page")) as folder:
         yield folder
-    for name in FILES:
-        sys.modules.pop(Path(name).stem, None)
 
 
 def test_the_page_promises_thirty_lines() -> None:
-    lines = [line for name in ("my_net.py", "my_run.toml") for line in FILES[name].splitlines()]
+    lines = [
+        line for name in ("my_net.py", "my_run.toml") for line in PAGE.files[name].splitlines()
+    ]
     assert len([line for line in lines if line.strip() and not line.startswith("# ")]) <= 30
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", PAGE.commands)
 def test_its_commands_run(command: str, folder: Path) -> None:
     program, *arguments = shlex.split(command)
     assert program == "subfleet"
@@ -74,12 +66,12 @@ def test_its_sessions_print_what_they_print(folder: Path) -> None:
 def test_every_option_that_it_names_exists() -> None:
     page_help = CliRunner().invoke(app, ["models", "describe", "--help"]).stdout
     for option in ("--convention", "--count-bias", "--count-norm", "--batch", "--optimizer"):
-        assert option in PAGE and option in page_help
+        assert option in PAGE.text and option in page_help
 
 
 def test_its_table_of_models_is_the_zoo() -> None:
     row = r"^\| `(\w+)` \| ([\w ]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| .+ \|$"
-    found = {name: tuple(rest) for name, *rest in re.findall(row, PAGE, re.MULTILINE)}
+    found = {name: tuple(rest) for name, *rest in re.findall(row, PAGE.text, re.MULTILINE)}
     assert list(found) == sorted(ZOO)
     for name, (shape, *figures) in found.items():
         net = ZOO[name]()
