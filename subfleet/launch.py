@@ -128,6 +128,7 @@ def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
         tier.largest_map(net),
         flops=table.flops,
         params=table.params,
+        width=table.width,
     )
 
 

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subfleet.core.algorithm import Algorithm, Cohort, Evaluation, Phase, RoundPlan, State
+from subfleet.core.aggregate import Update, finish
+from subfleet.core.algorithm import (
+    Algorithm,
+    Cohort,
+    Evaluation,
+    Phase,
+    Reduced,
+    RoundPlan,
+    State,
+)
 from subfleet.core.budget import width_map
 from subfleet.core.errors import InputError
 from subfleet.core.program import (
@@ -195,3 +204,34 @@ class IndexedAveraging(Algorithm):
     def initial_kept(self, task: ClientTask) -> Params:
         """Statistics before the first step."""
         return self.setting.net.fresh_statistics(task.map)
+
+
+Normaliser = Literal["count", "all"]
+
+
+@dataclass(frozen=True)
+class PartialAveraging(IndexedAveraging):
+    """FedPA's aggregation: BatchNorm's running statistics stay on the clients.
+
+    normaliser "count":  w_j <- sum_{k covers j} n_k w_kj / sum_{k covers j} n_k
+    normaliser "all":    w_j <- w_j + sum_{k covers j} (n_k / sum_i n_i) (w_kj - w_j)
+
+    The statistics never travel by default, as the paper has it: they tell of the client's
+    data, and the widths they belong to differ.
+
+    Options:
+        normaliser: "count" averages a coordinate over the clients that have it; "all" lets
+            those who have it not vote for the server's value.
+    """
+
+    statistics: Statistics = "local"
+    normaliser: Normaliser = "count"
+
+    def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
+        """Partial aggregation with the chosen normaliser."""
+        del plan
+        assert isinstance(reduced, Update)
+        params = finish(
+            reduced, self.setting.net.space, state["params"], normaliser=self.normaliser
+        )
+        return state | {"params": params}

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from subfleet.core.aggregate import Update, finish
+from subfleet.core.budget import Budget, uniform_map
 from subfleet.core.errors import InputError
 from subfleet.core.program import (
     ClientProgram,
@@ -59,7 +60,7 @@ class TierSize:
 
     `flops` and `params` are the budget's limits, None where it has none: multiply-
     accumulates of one sample's forward pass, and parameters as papers count them,
-    without biases and norms. `map` meets both.
+    without biases and norms. `map` meets both. `width` is what a tier says that has neither.
     """
 
     name: str
@@ -67,6 +68,14 @@ class TierSize:
     map: IndexMap
     flops: int | None = None
     params: int | None = None
+    width: float | None = None
+
+    def budget(self, net: SuperNetwork) -> Budget:
+        """The limits; a tier that says a width affords the operations of such a model."""
+        if self.flops is self.params is None:
+            map = self.map if self.width is None else uniform_map(net, self.width)
+            return Budget(flops=max(net.cost(map).macs, net.cost(self.map).macs))
+        return Budget(flops=self.flops, params=self.params)
 
     def over(self, net: SuperNetwork, map: IndexMap) -> list[tuple[str, int, int]]:
         """Where a sub-network costs more than the tier affords: (flops or params, cost, limit).

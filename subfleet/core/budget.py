@@ -79,6 +79,17 @@ def width_map(
     return net.space.canonical(IndexMap(kept))
 
 
+def uniform_map(net: SuperNetwork, width: float) -> IndexMap:
+    """The prefix map of the model of `width` times the width, rounded as its authors do.
+
+    MobileNetV2 rounds to multiples of 8, say; a model that says nothing has `width_map`'s.
+    """
+    if net.thinned is None or not 0 < width < 1:
+        return width_map(net, width)
+    counts = net.thinned(width)
+    return net.space.canonical(IndexMap.prefix({g: counts[g] for g in net.elastic}))
+
+
 @lru_cache(maxsize=16)
 def distinct_widths(net: SuperNetwork) -> tuple[float, ...]:
     """The widths, increasing, at which `width_map` changes: each gives another map.

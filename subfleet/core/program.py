@@ -158,6 +158,14 @@ class Net(Protocol):
         """The same, and what went through each layer, in the order in which they ran."""
         ...
 
+    def at(self, units: Mapping[str, int]) -> Callable[[Params, Tensor], Tensor]:
+        """The sub-network of the first `units[g]` units of each group: `at(units)(params, x)`.
+
+        It takes the whole `params` and cuts what it reads, so that gradients come back whole.
+        BatchNorm goes by the batch alone and leaves running statistics as they are.
+        """
+        ...
+
     def gradient(
         self, of: Callable[[Params], tuple[Tensor, Any]], at: Params
     ) -> tuple[Params, Tensor, Any]:

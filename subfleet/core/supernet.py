@@ -38,7 +38,9 @@ class SuperNetwork:
     order in which the network runs them. `input_shape` is one sample's, without the batch
     axis; `input_dtype` is int64 where the samples are tokens. `uncounted`: what has a cost
     that `layers` do not hold; there no budget can be kept. `fixed`: layers whose outputs
-    are kept by definition, and why ("" where nobody said).
+    are kept by definition, and why ("" where nobody said). `thinned(m)`: the units of each
+    group in the model of m times the width, rounded as its authors do; None where every
+    group simply keeps that share.
 
     It pickles when `build` does: give a `functools.partial` of a module's function.
     """
@@ -55,6 +57,7 @@ class SuperNetwork:
     input_dtype: torch.dtype = torch.float32
     uncounted: tuple[str, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
+    thinned: Callable[[float], Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         for group in self.elastic:

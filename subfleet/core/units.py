@@ -137,6 +137,25 @@ class UnitSpace(Space):
             small[name] = piece
         return small
 
+    def within(self, map: IndexMap) -> UnitSpace:
+        """The space of the sub-network itself: maps of it count units among those that are kept."""
+        shapes = self.slice_shapes(map)
+        counts = self.counts_by_group(map)
+        return UnitSpace(
+            groups={group: count for group, count in counts.items() if count},
+            axes={name: self.axes[name] for name in shapes},
+            shapes=shapes,
+            when={
+                name: kept
+                for name in shapes
+                if (kept := tuple(w for w in self.when.get(name, ()) if counts[w.group]))
+            },
+            kernels={
+                group: tuple(size for size in sizes if size <= counts[group])
+                for group, sizes in self.kernels.items()
+            },
+        )
+
     def scatter(
         self, small: Mapping[str, Tensor], map: IndexMap, out: Tensors | None = None
     ) -> Tensors:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -192,6 +194,12 @@ def mobilenet_v2(
         kernels=_elastic_kernels(module, kernels),
         transforms=transforms,
     )
+    net = replace(
+        net,
+        thinned=partial(
+            _units, input_shape, norm, width, divisor, stem_stride, variant, max(kernels)
+        ),
+    )
     # DWNP gates blocks that have hidden channels of their own, and counts no shortcut.
     ungated = () if variant == "dwnp" else ("blocks.0.",)
     return with_gates(
@@ -200,6 +208,24 @@ def mobilenet_v2(
             row.startswith("blocks.") and ".shortcut." not in row and not row.startswith(ungated)
         ),
     )
+
+
+def _units(
+    input_shape: tuple[int, ...],
+    norm: Norm,
+    width: float,
+    divisor: int,
+    stem_stride: int,
+    variant: Variant,
+    kernel: int,
+    times: float,
+) -> dict[str, int]:
+    """The units of each group of the model of `times` the width."""
+    with torch.device("meta"):
+        module = _mobilenet_v2(
+            input_shape[0], 1, norm, width * times, divisor, stem_stride, variant, kernel
+        )
+    return dict(supernet(module, torch.empty(1, *input_shape, device="meta")).space.groups)
 
 
 def _mobilenet_v2(

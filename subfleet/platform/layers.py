@@ -160,7 +160,7 @@ class _WeightedNorm(nn.modules.batchnorm._BatchNorm):
 
     def _follow(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
         """Move the running statistics by `momentum` to the batch's, with the unbiased variance."""
-        if self.running_mean is None or self.running_var is None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.momentum is not None  # a super-network's builder sees to it
         unbiased_C = var_C * (count / (count - 1).clamp(min=1.0))

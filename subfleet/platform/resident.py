@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from subfleet.core.watching import Passed, watched
 from subfleet.platform import kernels, layers
 from subfleet.platform.record import Choice
 from subfleet.platform.traces import Traces
+
+PARTS = 256  # sub-networks kept by each resident; training that draws widths draws many
 
 
 class Resident:
@@ -53,6 +57,9 @@ class Resident:
         # Buffers outside the super-network's tensors are constants, such as frozen word vectors.
         buffers = module.named_buffers()
         self.statistics = {n: b for n, b in buffers if n in net.space.axes}
+        self._constants = {n: b for n, b in module.named_buffers() if n not in net.space.axes}
+        self._net, self._map, self._space = net, map, net.space.within(map)
+        self._parts: OrderedDict[bytes, nn.Module] = OrderedDict()  # on "meta": without storage
         self.params: Params = {**self.trainable, **self.statistics}
         fresh = net.fresh_statistics(map)  # of a client that saw no data yet
         self.fresh: Params = {name: value.to(self.device) for name, value in fresh.items()}
@@ -69,6 +76,29 @@ class Resident:
     def watched(self, params: Params, x: Tensor) -> tuple[Tensor, list[Passed]]:
         """Logits of a batch, and what went through each layer, in the order they ran."""
         return watched(self.module, lambda: self(dict(params), x))  # never past the hooks
+
+    def at(self, units: Mapping[str, int]) -> Callable[[Params, Tensor], Tensor]:
+        """The sub-network of the first `units[g]` units of each group: `at(units)(params, x)`."""
+        map = IndexMap.prefix(units)
+        if map.key not in self._parts:
+            whole = IndexMap(dict(self._map.kept) | dict(map.kept))
+            module = self._net.module(whole, device="meta")
+            layers.adopt(module, self.step)
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.track_running_stats = False
+            self._parts[map.key] = module
+            if len(self._parts) > PARTS:
+                self._parts.popitem(last=False)
+        return partial(self._part, self._parts[map.key], map)
+
+    def _part(self, module: nn.Module, map: IndexMap, params: Params, x: Tensor) -> Tensor:
+        weights = {name: value for name, value in params.items() if name in self.trainable}
+        own = self._space.extract(weights, map) | self._constants
+        if self.channels_last:
+            own = {name: _told_apart(value) for name, value in own.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts):
+            return functional_call(module, own, (x,)).float()
 
     def gradient(
         self, of: Callable[[Params], tuple[Tensor, Any]], at: Params

@@ -1,0 +1,345 @@
+"""FedCS: federated channel search, by which each client finds the network that fits it.
+
+"Architecture Personalization in Resource-constrained Federated Learning", Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from subfleet.algorithms.local import PartialAveraging, tasks
+from subfleet.algorithms.sandwich import Sandwich
+from subfleet.core.algorithm import (
+    FULL,
+    Cohort,
+    Phase,
+    Reduced,
+    RoundPlan,
+    State,
+    TierSize,
+)
+from subfleet.core.budget import Budget
+from subfleet.core.errors import InputError
+from subfleet.core.masks import refuse_joint_norms
+from subfleet.core.program import ClientResult, ClientTask, LocalRule, RunContext, RunProgram
+from subfleet.core.pruning import Criterion, Score, Shrinking, Step, prune
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.trials import Statistics, Trials
+from subfleet.core.units import IndexMap
+
+PhaseName = Literal["warm-up", "search", "train"]
+PHASES: tuple[PhaseName, ...] = ("warm-up", "search", "train")
+
+
+@dataclass(frozen=True)
+class FedCS(PartialAveraging):
+    """Warms up a super-network, lets each client prune it to its budget, trains the results.
+
+    warm-up  clients that can run the whole network train all its widths (`Sandwich`):
+             w <- sum_k (n_k / sum n) w_k
+    search   one round, in which each client shrinks the group that costs it the least
+             accuracy, step by step, until C(theta_k) <= B_k; nothing is trained
+    train    each client trains its first theta_k channels; merged by FedPA
+
+    The phases share `run.rounds`, and `train.schedule` begins anew in each. Clients whose
+    budget holds the whole network keep it. A tier's budget is its operations, its parameters,
+    or both, as [fleet] gives them; a tier of a width affords the operations of that width.
+    Training starts from scratch, as in the paper's comparison, unless `inherit`.
+
+    Options:
+        phases: Which of "warm-up", "search" and "train" to run, in this order. A phase that
+            is left out is taken from the run that `run.start_from` names.
+        warm_up: Rounds of the warm-up, as a share of those of the training.
+        shrink: In (0, 1): the share of its channels that a group loses in a step; at least one.
+        multiple: The channels left are a multiple of it.
+        min_units: No group is cut below so many channels,
+        min_share: nor below this share of them.
+        samples: Training samples that a client scores sub-networks on, at most.
+        search_statistics: BatchNorm's statistics while searching: those of the scored rows
+            ("batch"), or re-estimated before ("calibrated"), which takes three times as long.
+        criterion: "accuracy" alone, or "accuracy_then_loss" where accuracies are equal; few
+            samples make them so.
+        lazy: Whether a group is scored anew only when it would be the next to shrink:
+            several times as fast, and nearly the same search.
+        searchers: The share of the clients that search; the others train the uniform
+            sub-network of their tier.
+        narrowest: The narrowest width that the warm-up trains.
+        widths: Widths trained at each step of the warm-up, the whole and the narrowest included.
+        mixed: Whether half of the drawn widths differ from group to group.
+        inherit: Whether training starts from the warm super-network's weights.
+    """
+
+    phases: tuple[PhaseName, ...] = PHASES
+    warm_up: float = 0.3
+    shrink: float = 0.1
+    multiple: int = 1
+    min_units: int = 8
+    min_share: float = 0.25
+    samples: int = 512
+    search_statistics: Statistics = "batch"
+    criterion: Criterion = "accuracy_then_loss"
+    lazy: bool = False
+    searchers: float = 1.0
+    narrowest: float = 0.35
+    widths: int = 4
+    mixed: bool = True
+    inherit: bool = False
+
+    paper: ClassVar[str] = "APFL (FedCS)"
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        if not self.phases or list(self.phases) != [p for p in PHASES if p in self.phases]:
+            raise InputError(
+                f"algorithm.phases={list(self.phases)} is not in order; give some of "
+                f"{list(PHASES)}, each once"
+            )
+        if short := [name for name, (first, last) in self.stretches.items() if last < first]:
+            raise InputError(
+                f"run.rounds={self.setting.rounds} leaves no round for {', '.join(short)}; give "
+                f"at least {len(self.phases)} rounds, or fewer algorithm.phases"
+            )
+        if "warm-up" in self.phases and not self._rich:
+            raise InputError(
+                f"no tier of [fleet] can run the whole of {self.setting.net.name!r}, which takes "
+                f"{self.setting.net.cost().macs:,} operations, to warm it up; give a tier the "
+                "width 1.0, or start from a run that did (run.start_from)"
+            )
+        if "search" in self.phases:
+            refuse_joint_norms(self.setting.net, "the search")
+            for tier in self.setting.tiers:
+                self._check_reachable(tier)
+
+    def _check_options(self) -> None:
+        open_shares = {"shrink": self.shrink, "narrowest": self.narrowest}
+        for name, value in open_shares.items():
+            if not 0 < value < 1:
+                raise InputError(
+                    f"algorithm.{name}={value} is outside (0, 1); "
+                    f"give {getattr(type(self), name)}, say"
+                )
+        for name in ("min_share", "searchers"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(
+                    f"algorithm.{name}={getattr(self, name)} is outside (0, 1]; "
+                    f"give {getattr(type(self), name)}, say"
+                )
+        for name, least in (("multiple", 1), ("min_units", 1), ("samples", 2), ("widths", 2)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"algorithm.{name}={getattr(self, name)} is below {least}; "
+                    f"give {getattr(type(self), name)}, say"
+                )
+        if not 0 < self.warm_up < math.inf:
+            raise InputError(
+                f"algorithm.warm_up={self.warm_up} is not above 0; give a share of the training's "
+                "rounds, such as 0.3, or leave the warm-up out of algorithm.phases"
+            )
+
+    def _check_reachable(self, tier: TierSize) -> None:
+        net, budget = self.setting.net, tier.budget(self.setting.net)
+        least = net.cost(IndexMap.prefix(self._shrinking.floors))
+        if not budget.feasible(least):
+            raise InputError(
+                f"tier {tier.name!r}: its budget {budget} is below the smallest sub-network that "
+                f"the search may reach, which takes flops={least.macs:,} and "
+                f"params={least.params:,}; raise the budget, or lower algorithm.min_units="
+                f"{self.min_units} or algorithm.min_share={self.min_share}"
+            )
+
+    # --- phases --------------------------------------------------------------------------
+
+    @cached_property
+    def stretches(self) -> dict[PhaseName, tuple[int, int]]:
+        """The first and the last round of each phase."""
+        left = self.setting.rounds - ("search" in self.phases)
+        warm = left if "train" not in self.phases else self._warm_rounds(left)
+        lengths = {"warm-up": warm, "search": 1, "train": left - warm * ("warm-up" in self.phases)}
+        found: dict[PhaseName, tuple[int, int]] = {}
+        done = 0
+        for name in self.phases:
+            found[name] = (done + 1, done + lengths[name])
+            done += lengths[name]
+        return found
+
+    def _warm_rounds(self, rounds: int) -> int:
+        """T_w of T_w + T rounds, of which T_w is the share `warm_up` of T."""
+        return max(1, round(rounds * self.warm_up / (1 + self.warm_up)))
+
+    def phase(self, round: int) -> Phase:
+        """The phase that a round belongs to; the last goes on beyond `run.rounds`."""
+        name = next((n for n, (_, last) in self.stretches.items() if round <= last), None)
+        name = name or self.phases[-1]
+        if name == "search":
+            return Phase(
+                name,
+                RunProgram(self._search),
+                reduction="collect",
+                fraction=self.searchers,
+            )
+        rule = self._rule(name, round)
+        if name == "train":
+            program = super().phase(round).program
+            return Phase(name, replace(program, rule=rule))
+        sandwich = Sandwich(
+            net=self.setting.net,
+            rule=rule,
+            seed=self.setting.seed,
+            round=round,
+            narrowest=self.narrowest,
+            count=self.widths,
+            mixed=self.mixed,
+        )
+        return Phase(name, sandwich.program(self.setting.stream), eligible=self._rich)
+
+    def _rule(self, name: PhaseName, round: int) -> LocalRule:
+        """The local rule of a round, by the schedule of its own phase."""
+        rule = self.setting.rule
+        if rule.schedule is None:
+            return rule
+        first, last = self.stretches[name]
+        own = replace(rule, schedule=replace(rule.schedule, rounds=last - first + 1))
+        return own.at(round - first + 1)
+
+    def enter(self, phase: Phase, state: State) -> State:
+        """Before training, fresh weights: those that any other algorithm starts from."""
+        if phase.name != "train" or self.inherit:
+            return state
+        return state | self.init(self.setting.net.init(self.setting.seed))
+
+    @cached_property
+    def _rich(self) -> tuple[str, ...]:
+        """The tiers that can run the whole super-network."""
+        return tuple(tier.name for tier in self.setting.tiers if self._holds_all(tier))
+
+    def _holds_all(self, tier: TierSize) -> bool:
+        return tier.budget(self.setting.net).feasible(self.setting.net.cost())
+
+    # --- rounds --------------------------------------------------------------------------
+
+    def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
+        """The whole network for all, or in training what each client found."""
+        net, training = self.setting.net, self.phase(round).name == "train"
+        work = tasks(net, cohort, lambda tier: self.map_of(tier, round))
+        if training:
+            work = [
+                self._personal(task, report)
+                for task, report in zip(work, cohort.report, strict=True)
+            ]
+        return RoundPlan(work, {0: state["params"]})
+
+    def map_of(self, tier: int, round: int) -> IndexMap:
+        """The whole network until training; then that of a client of the tier that did not search."""
+        return self.setting.tiers[tier].map if self.phase(round).name == "train" else FULL
+
+    def _personal(self, task: ClientTask, report: dict[str, Any] | None) -> ClientTask:
+        tier = self.setting.tiers[task.tier]
+        if not _found(report) and "search" not in self.phases and not self._holds_all(tier):
+            raise InputError(
+                f"client {task.client} of tier {tier.name!r} has searched no network; name a run "
+                'that did in run.start_from, or put "search" into algorithm.phases'
+            )
+        map = self.client_map(tier.map, report)
+        return replace(task, map=map, variant=self.setting.net.space.counts(map))
+
+    def client_map(self, view: IndexMap, report: dict[str, Any] | None) -> IndexMap:
+        """The sub-network that a client found, or its tier's."""
+        if not _found(report):
+            return view
+        assert report is not None
+        units = dict(zip(self.setting.net.elastic, report["units"], strict=True))
+        return self.setting.net.space.canonical(IndexMap.prefix(units))
+
+    def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
+        """FedPA; a search leaves the super-network as it is."""
+        return state if isinstance(reduced, list) else super().server_step(state, plan, reduced)
+
+    # --- the search ----------------------------------------------------------------------
+
+    @cached_property
+    def _shrinking(self) -> Shrinking:
+        net = self.setting.net
+        floors = {
+            g: min(
+                net.space.size(g),
+                max(self.min_units, math.ceil(self.min_share * net.space.size(g))),
+            )
+            for g in net.elastic
+        }
+        return Shrinking(self.shrink, floors, self.multiple)
+
+    def _search(self, context: RunContext) -> ClientResult:
+        """One client's search; what it found is its report, how it went its trace."""
+        net, tier = self.setting.net, self.setting.tiers[context.task.tier]
+        units = {group: net.space.size(group) for group in net.elastic}
+        trial = _Scorer(self, context)
+        try:
+            units, steps = prune(
+                units,
+                self._shrinking,
+                tier.budget(net),
+                lambda kept: net.cost(IndexMap.prefix(kept)),
+                trial,
+                self.criterion,
+                lazy=self.lazy,
+            )
+        except InputError as error:
+            raise InputError(
+                f"client {context.task.client} of tier {tier.name!r}: {error}"
+            ) from error
+        return ClientResult(
+            update={},
+            report={"units": list(units.values())},
+            wire_bytes=2 * len(units),
+            trace=_trace(steps),
+        )
+
+
+class _Scorer:
+    """Scores candidates on some of a client's training rows, the same for all its search."""
+
+    def __init__(self, algorithm: FedCS, context: RunContext):
+        self._algorithm, self._context = algorithm, context
+
+    def __call__(self, units: Mapping[str, int], group: str, fewer: int) -> Score:
+        return self._blind if self._trials is None else self._trials(units, group, fewer)
+
+    _blind = Score(0.0, 0.0)  # all are equal, so that the savings decide
+
+    @cached_property
+    def _trials(self) -> Trials | None:
+        """None where a single row is no batch to take statistics of."""
+        x, y = self._context.data("train")
+        if len(y) < 2 and self._context.supernet.statistics:
+            return None
+        draw = self._context.generator("rows of the search")
+        rows = np.sort(draw.permutation(len(y))[: self._algorithm.samples])
+        return Trials(
+            self._context.supernet,
+            self._context.params,
+            x[rows],
+            y[rows],
+            self._algorithm.search_statistics,
+        )
+
+
+def _found(report: dict[str, Any] | None) -> bool:
+    return report is not None and "units" in report
+
+
+def _trace(steps: list[Step]) -> dict[str, list[Any]]:
+    return {
+        "step": list(range(1, len(steps) + 1)),
+        "group": [step.group for step in steps],
+        "units": [step.units for step in steps],
+        "accuracy": [step.score.accuracy for step in steps],
+        "loss": [step.score.loss for step in steps],
+        "flops": [step.cost.macs for step in steps],
+        "params": [step.cost.params for step in steps],
+    }
