@@ -251,6 +251,12 @@ class RunTable(Table):
     hosts: int = Field(
         default=0, ge=0, description="set how many hosts work; 0 follows the machine"
     )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="give the folder of a former run, to begin with its newest weights and with "
+        "what its clients last reported",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="say where clients train"
     )

@@ -165,6 +165,8 @@ def _whose(run: TrainedRun, client: int, tier: str | None, map: IndexMap, own: P
         said.append(
             "on the units that the client itself kept in its last training; what it trained there "
             "went into the server's mean and is gone"
+            if client in run.trained
+            else "on the units that the client itself kept in the run that this one started from"
         )
     if own:
         said.append("with what the client keeps for itself")

@@ -41,6 +41,7 @@ from subfleet.platform.metrics import ClientsLog, Observer, read_metrics
 from subfleet.platform.record import EngineRecord
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.start import Start
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,20 +104,26 @@ def assemble(
         options["cohort"] = 1
         if isinstance(federation, Federation):  # without its rows it is remembered as pooled
             federation = Pooled(federation, split_of(federation, seed)[0])
+    facts = identity(federation)
+    start = None
+    if (former := experiment.run.start_from) is not None:
+        start = Start.read(former, net, experiment.to_tables(), facts)
     return Job(
         work=Work(net, algorithm, federation.scale, seed),
         federation=federation,
         fleet=Fleet(tiers, federation.num_clients, seed),
         options=RunOptions(**options),
         config=experiment.to_tables(),
-        fingerprint=_fingerprint(experiment, identity(federation)),
+        fingerprint=_fingerprint(experiment, facts, start),
         record=record or EngineRecord(),
+        start=start,
     )
 
 
-def _fingerprint(experiment: Experiment, data: dict[str, Any]) -> str:
-    """A digest of all that the rounds of a run follow from: the experiment and its data."""
-    text = json.dumps([experiment.fingerprint(stops=False), data], sort_keys=True)
+def _fingerprint(experiment: Experiment, data: dict[str, Any], start: Start | None) -> str:
+    """A digest of all that the rounds of a run follow from: experiment, data, and start."""
+    facts = [experiment.fingerprint(stops=False), data, *([start.facts] if start else [])]
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -290,13 +297,13 @@ def _made_or_found(
     experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
 ) -> RunFolder:
     config, fingerprint = experiment.to_toml(), experiment.fingerprint(stops=False)
-    data = identity(job.federation)
+    data, start = identity(job.federation), job.start.facts if job.start else None
     if not resume:
         where = out if out is not None else _new_name(experiment)
-        return RunFolder.create(where, config, fingerprint, data)
+        return RunFolder.create(where, config, fingerprint, data, start)
     if out is None:
         raise InputError("resume needs the run's folder; give out=")
-    folder = RunFolder.open(out, fingerprint, config, data)
+    folder = RunFolder.open(out, fingerprint, config, data, start)
     notes = []
     if changes := folder.environment_changes():
         notes.append(

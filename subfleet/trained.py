@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from subfleet.config import DataTable, Experiment
-from subfleet.core.algorithm import Algorithm, State
+from subfleet.core.algorithm import Algorithm
 from subfleet.core.errors import InputError
 from subfleet.core.program import Params
 from subfleet.core.scaling import Scaling
@@ -23,9 +22,8 @@ from subfleet.core.units import IndexMap
 from subfleet.datasets import READERS
 from subfleet.datasets.federation import identity
 from subfleet.launch import assemble
-from subfleet.platform import checkpoint
-from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
+from subfleet.platform.reached import newest
 from subfleet.platform.runfolder import RunFolder
 
 
@@ -91,13 +89,14 @@ class TrainedRun:
         Raises `InputError` when there is no run, or none with weights, or when its model
         or algorithm cannot be built again.
         """
-        folder, facts = _folder(Path(path))
+        folder = RunFolder.find(Path(path))
+        facts = folder.read_environment()
         experiment = Experiment.load(folder.config)
-        reached = _reached(folder)
+        reached = newest(folder)
         job, no_data = _assembled(experiment, facts)
         algorithm = job.work.algorithm
         # Without a checkpoint only what the algorithm makes public is left of its state.
-        params = reached.params or algorithm.model(reached.state)
+        params = algorithm.model(reached.state) if reached.checkpoint else folder.read_final()
         _refuse_misfit(job.work.net, params, no_data)
         return cls(
             folder=folder,
@@ -125,62 +124,6 @@ class TrainedRun:
         return self.job.work.algorithm
 
 
-def _folder(path: Path) -> tuple[RunFolder, dict[str, Any]]:
-    where = RunFolder(path.absolute(), "")
-    if not where.config.is_file():
-        problem = "holds no run (no config.toml)" if path.is_dir() else "is no folder of a run"
-        raise InputError(f"{path}: {problem}; give the folder that `subfleet run` printed last")
-    facts = where.read_environment()
-    return dataclasses.replace(where, fingerprint=str(facts.get("fingerprint"))), facts
-
-
-# --- weights ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Reached:
-    round: int
-    state: State
-    params: Params | None  # of the final file, where there is no checkpoint
-    checkpoint: Path | None
-    roster: dict[str, Any]
-    warnings: tuple[str, ...]
-
-
-def _reached(folder: RunFolder) -> _Reached:
-    """The newest weights: the last whole checkpoint's, or those written at the end."""
-    summary = folder.read_summary() or {}
-    last = int(summary.get("rounds", 0)) if folder.final.is_file() else 0
-    warnings: tuple[str, ...] = ()
-    try:
-        found = checkpoint.load_latest(folder.checkpoints, fingerprint=_owner(folder))
-    except InputError as error:
-        if not last:
-            raise
-        found, warnings = None, (str(error),)
-    if found is not None and found.round >= last:
-        state, roster = found.state["state"], found.state["roster"]
-        return _Reached(found.round, state, None, found.path, roster, found.warnings)
-    if last:
-        warnings += found.warnings if found is not None else ()
-        return _Reached(last, {}, folder.read_final(), None, {}, warnings)
-    raise InputError(
-        f"{folder.path}: has no weights yet, neither a checkpoint nor final.safetensors; let the "
-        f"run go on: subfleet run {folder.config} --out {folder.path} --resume"
-    )
-
-
-def _owner(folder: RunFolder) -> str:
-    """The fingerprint in the newest manifest: of the experiment and its data, which may be gone."""
-    newest = last_checkpoint(folder.metrics)
-    if newest is None:
-        return ""
-    try:
-        return str(json.loads((newest / "manifest.json").read_text())["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""  # damaged, as loading it will tell
-
-
 def _refuse_misfit(net: SuperNetwork, params: Params, no_data: str | None) -> None:
     """`InputError` unless the weights are those of the network that the config builds."""
     cause = f" (its data cannot be read: {no_data})" if no_data else ""
@@ -201,6 +144,8 @@ def _refuse_misfit(net: SuperNetwork, params: Params, no_data: str | None) -> No
 def _assembled(experiment: Experiment, facts: dict[str, Any]) -> tuple[Job, str | None]:
     """The run's parts, and why its data cannot be read, if so."""
     there = facts.get("data") or {}
+    # It has weights of its own: the run that it started from may be gone.
+    experiment = experiment.with_values({"run.start_from": None})
     try:
         job = assemble(experiment)
         here = identity(job.federation)

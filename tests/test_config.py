@@ -282,6 +282,7 @@ CHANGES = {
     "run.rounds": 7,
     "run.target_accuracy": 0.5,
     "run.seed": 1,
+    "run.start_from": "'runs/a'",
     "train.lr": 0.3,
     "data.clients": 4,
     "run.bundle_clients": 3,

@@ -193,7 +193,7 @@ class ADDS(Algorithm):
         return RoundPlan(tasks, {0: params})
 
     def _first_ratio(self, report: dict[str, Any] | None) -> Tensor:
-        if self.persist and report is not None:
+        if self.persist and report is not None and "ratio" in report:
             return torch.tensor([report["ratio"][group] for group in self._rows.groups])
         return torch.full((len(self._rows.groups),), self.ratio)
 

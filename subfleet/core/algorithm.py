@@ -194,7 +194,7 @@ class Algorithm(ABC):
     """Whether all training clients' data are to lie with one client, who trains alone."""
 
     def init(self, params: Params) -> State:
-        """The server's state before round 1, from freshly drawn parameters."""
+        """The server's state before round 1, from freshly drawn parameters or a former run's."""
         return {"params": params}
 
     def doubts(self) -> tuple[str, ...]:

@@ -146,10 +146,7 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_temporaries(folder)
-    leaves = _Flattener()
-    files = {"state.json": _state_bytes(leaves.encode(state, ""))}
-    files["tensors.safetensors"] = safetensors.torch.save(leaves.tensors)
-    files["arrays.safetensors"] = safetensors.numpy.save(leaves.arrays)
+    files = _files(state)
     final = folder / f"round-{round:06d}"
     temporary = folder / f".tmp-{final.name}"
     with disk_guard(final, sum(map(len, files.values()))):
@@ -177,8 +174,26 @@ def save(
     return final
 
 
-def _state_bytes(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False).encode()
+def digest(state: Any) -> str:
+    """SHA-256 of a nested state, the order of its keys included.
+
+    Takes what `save` takes, and raises `InputError` as it does.
+
+    >>> digest({"a": np.arange(2)}) == digest({"a": np.arange(2)})
+    True
+    >>> digest({"a": np.arange(2)}) == digest({"a": np.arange(3)})
+    False
+    """
+    sums = [hashlib.sha256(data).hexdigest() for data in _files(state).values()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _files(state: Any) -> dict[str, bytes]:
+    leaves = _Flattener()
+    files = {"state.json": json.dumps(leaves.encode(state, ""), allow_nan=False).encode()}
+    files["tensors.safetensors"] = safetensors.torch.save(leaves.tensors)
+    files["arrays.safetensors"] = safetensors.numpy.save(leaves.arrays)
+    return files
 
 
 def _names(folder: Path) -> list[Path]:

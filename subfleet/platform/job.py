@@ -10,6 +10,7 @@ from subfleet.datasets.federation import Federation, split_of
 from subfleet.platform.engine import Work
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.record import Dtype, Engine, EngineRecord
+from subfleet.platform.start import Start
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what the hosts have, the data, the fleet, and the options."""
+    """One run: what the hosts have, the data, the fleet, the options, and where it begins."""
 
     work: Work
     federation: Federation
@@ -43,6 +44,7 @@ class Job:
     config: dict[str, Any]
     fingerprint: str
     record: EngineRecord = field(default_factory=EngineRecord)
+    start: Start | None = None  # freshly drawn parameters otherwise
 
     @property
     def streams(self) -> bool:

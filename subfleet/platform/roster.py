@@ -24,7 +24,7 @@ class Roster:
         self._seed = job.work.seed
         self._train_ids, self._held_out = split_of(job.federation, self._seed)
         self._last_round = np.full(job.federation.num_clients, -1, np.int32)
-        self._reports: dict[int, dict[str, Any]] = {}
+        self._reports = dict(job.start.reports) if job.start is not None else {}
 
     @cached_property
     def tier_names(self) -> list[str]:
@@ -89,7 +89,7 @@ class Roster:
             self._reports.update(result.reports)
 
     def to_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: entries of clients that ever trained."""
+        """What a checkpoint keeps: entries of clients that ever trained, and all reports."""
         seen = np.flatnonzero(self._last_round >= 0)
         return {
             "clients": seen,

@@ -405,7 +405,9 @@ class Rounds:
                 )
         found = checkpoint.load_latest(self.folder.checkpoints, fingerprint=self.job.fingerprint)
         if found is None:
-            self.state = self.algorithm.init(self.net.init(self.seed))
+            start = self.job.start
+            self.state = self.algorithm.init(start.params if start else self.net.init(self.seed))
+            self.warnings = start.warnings if start else ()
             return
         self.warnings = found.warnings
         self.done = self._saved = found.round

@@ -9,13 +9,14 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
@@ -149,11 +150,13 @@ class RunFolder:
         config_toml: str,
         fingerprint: str,
         data: Mapping[str, Any] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Start a run in a folder that is absent or empty.
 
-        `data` says what the run trains on (see `datasets.federation.identity`); a
-        resume compares it. Raises `InputError` for a folder that holds another run
+        `data` says what the run trains on (see `datasets.federation.identity`), `start`
+        which former run it begins with (see `start.Start.facts`); a resume compares
+        both. Raises `InputError` for a folder that holds another run
         or foreign files, or that cannot be written.
         """
         where = Path(path).absolute()
@@ -161,7 +164,7 @@ class RunFolder:
         folder = cls(where, fingerprint, made=not where.exists())
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder._write_start(config_toml, data)
+            folder._write_start(config_toml, data, start)
         except OSError as error:
             raise InputError(
                 f"--out {path}: cannot be written ({error.strerror}); choose another --out"
@@ -171,9 +174,14 @@ class RunFolder:
             raise
         return folder
 
-    def _write_start(self, config_toml: str, data: Mapping[str, Any] | None) -> None:
+    def _write_start(
+        self,
+        config_toml: str,
+        data: Mapping[str, Any] | None,
+        start: Mapping[str, Any] | None,
+    ) -> None:
         # config.toml last: it is what marks a folder as a run.
-        facts = {"fingerprint": self.fingerprint, "data": data, **environment()}
+        facts = {"fingerprint": self.fingerprint, "data": data, "start": start, **environment()}
         write_atomic(self.environment, json_bytes(facts, indent=2))
         self.checkpoints.mkdir()
         self.clients.mkdir()
@@ -206,12 +214,14 @@ class RunFolder:
         fingerprint: str,
         config_toml: str | None = None,
         data: Mapping[str, Any] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Take up a run again.
 
         Raises `InputError` when there is no run, or when it is of another
         experiment; with `config_toml` the message names the first keys that differ.
-        With `data` also when it was trained on other data.
+        With `data` also when it was trained on other data, with `start` when it began with
+        other weights or reports.
         """
         folder = cls(Path(path).absolute(), fingerprint)
         if not folder.config.is_file():
@@ -229,10 +239,25 @@ class RunFolder:
                 "give the same experiment, or another --out"
             )
         if data is not None:
-            _refuse_other_data(path, facts.get("data") or {}, data)
+            _refuse_other(path, "on other data", "data", facts.get("data") or {}, data)
+        if start is not None:
+            began = facts.get("start") or {}
+            _refuse_other(path, "from another start", "former run", began, start)
         folder.checkpoints.mkdir(exist_ok=True)
         folder.clients.mkdir(exist_ok=True)
         return folder
+
+    @classmethod
+    def find(cls, path: Path) -> RunFolder:
+        """The folder of a run that is there, of whatever experiment, to read from.
+
+        Raises `InputError` when there is none.
+        """
+        folder = cls(path.absolute(), "")
+        if not folder.config.is_file():
+            problem = "holds no run (no config.toml)" if path.is_dir() else "is no folder of a run"
+            raise InputError(f"{path}: {problem}; give the folder that `subfleet run` printed last")
+        return replace(folder, fingerprint=str(folder.read_environment().get("fingerprint")))
 
     def read_environment(self) -> dict[str, Any]:
         """`environment.json` as a dict; `InputError` when it cannot be read."""
@@ -285,8 +310,13 @@ class RunFolder:
         write_atomic(self.final, tensors_to_bytes(whole))
 
     def read_final(self) -> dict[str, torch.Tensor]:
-        """The tensors of `final.safetensors`."""
-        return load_file(self.final)
+        """The tensors of `final.safetensors`; `InputError` when it is damaged."""
+        try:
+            return load_file(self.final)
+        except SafetensorError as error:
+            raise InputError(
+                f"{self.final}: is damaged ({error}); remove it, and the newest checkpoint counts"
+            ) from error
 
     def lock(self) -> int:
         """Keep a second process from writing here; held until the returned handle is closed.
@@ -323,8 +353,12 @@ def _refuse_used(path: Path) -> None:
     )
 
 
-def _refuse_other_data(
-    path: str | os.PathLike, there: Mapping[str, Any], here: Mapping[str, Any]
+def _refuse_other(
+    path: str | os.PathLike,
+    how: str,
+    what: str,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
 ) -> None:
     keys = [key for key in here if there.get(key) != here[key]]
     if not keys:
@@ -333,8 +367,8 @@ def _refuse_other_data(
         f"{key} {_short(there.get(key, 'unknown'))} there, {_short(here[key])} here" for key in keys
     ]
     raise InputError(
-        f"--resume: {path} holds a run on other data ({'; '.join(shown)}): the data changed "
-        "since it began; give the same data, or another --out"
+        f"--resume: {path} holds a run {how} ({'; '.join(shown)}): the {what} changed "
+        f"since it began; give the same {what}, or another --out"
     )
 
 
@@ -342,11 +376,16 @@ def _short(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 32 else str(value)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted keys.
+
+    >>> flat({"run": {"seed": 1}, "a": 2})
+    {'run.seed': 1, 'a': 2}
+    """
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            out.update(_flat(value, f"{prefix}{key}."))
+            out.update(flat(value, f"{prefix}{key}."))
         else:
             out[prefix + key] = value
     return out
@@ -357,7 +396,7 @@ def _differences(there: str, here: str | None, most: int = 3) -> str:
     if here is None:
         return ""
     try:
-        old, new = _flat(tomllib.loads(there)), _flat(tomllib.loads(here))
+        old, new = flat(tomllib.loads(there)), flat(tomllib.loads(here))
     except tomllib.TOMLDecodeError:
         return ""
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
