@@ -42,6 +42,7 @@ from subfleet.platform.record import EngineRecord
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.start import Start
+from subfleet.platform.tracefiles import TraceFiles
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +63,10 @@ class Run:
     def clients(self) -> pa.Table:
         """All rows of `clients/`: one per client and round."""
         return ClientsLog(self.path / "clients").read()
+
+    def traces(self) -> pa.Table:
+        """What the clients' programs wrote about their work: `round`, `client`, their columns."""
+        return TraceFiles(self.path / "traces").read()
 
     def params(self) -> Params:
         """The super-network after the last round."""

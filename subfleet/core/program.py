@@ -6,7 +6,7 @@ beside it. The engine owns loops, buffers, mapping and devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -221,6 +221,9 @@ class ClientResult:
     encodes; None means the formula of a dense sub-network. `local` is the client's
     own network for its local test, in the shape of its task, where that is not what
     it trained (a personal model; what is left of a network that it cut itself).
+    `trace` is what the client writes about its own work, for people: named columns of one
+    length, of numbers or of strings, such as `{"step": [0, 1], "accuracy": [0.3, 0.4]}`.
+    The run folder keeps it; nothing that the run computes depends on it.
     """
 
     update: Params
@@ -230,6 +233,7 @@ class ClientResult:
     metrics: dict[str, float] = field(default_factory=dict)
     wire_bytes: int | None = None
     local: Params | None = None
+    trace: Mapping[str, Sequence[Any] | np.ndarray] | None = None
 
 
 @dataclass(frozen=True)

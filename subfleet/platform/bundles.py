@@ -97,6 +97,7 @@ class BundleResult:
     collected: list[Collected] | None = None
     kept: list[Params | None] = field(default_factory=list)
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)  # by client
 
 
 def passes(program: ClientProgram) -> float:

@@ -280,6 +280,7 @@ class _Tally:
         self.collected: list[Collected] | None = [] if collect else None
         self.kept: list[Params | None] = [None] * count
         self.reports: dict[int, dict] = {}
+        self.traces: dict[int, dict[str, np.ndarray]] = {}
         self.rows: list[dict] = []
         self._costs: dict[bytes, tuple[int, int, int]] = {}
 
@@ -319,6 +320,10 @@ class _Tally:
                 self.kept[position] = _copied(result.kept)
             if result.report is not None:
                 self.reports[task.client] = result.report
+            if result.trace:
+                self.traces[task.client] = {
+                    n: np.asarray(column) for n, column in result.trace.items()
+                }
         self.rows.append(
             {
                 "client": task.client,
@@ -343,7 +348,8 @@ class _Tally:
         names = self.rows[0] if self.rows else {}
         table = {name: np.array([row[name] for row in self.rows]) for name in names}
         return BundleResult(
-            number, table, seconds, self.update, self.collected, self.kept, self.reports
+            *(number, table, seconds, self.update, self.collected),
+            *(self.kept, self.reports, self.traces),
         )
 
 

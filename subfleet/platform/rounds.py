@@ -54,6 +54,7 @@ from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.tracefiles import TraceFiles
 from subfleet.platform.tuner import Tuner
 
 FLUSH_ROUNDS = 100  # rows of clients wait in memory for so many rounds at most
@@ -76,6 +77,7 @@ class Rounds:
         self.roster = Roster(job)
         self.clock = PhaseClock()
         self.kept: KeptStore  # of an algorithm that keeps something, while it runs
+        self.traces: TraceFiles  # while it runs
         self.warnings: tuple[str, ...] = ()
         self.tuner = Tuner(job, executor, folder)
         self.done = 0
@@ -102,6 +104,7 @@ class Rounds:
             stack.callback(metrics.close)
             stack.callback(self.tuner.close)
             clients = ClientsLog(self.folder.clients)
+            self.traces = TraceFiles(self.folder.traces)
             if self.algorithm.keeps:
                 # It empties its folder: only under the lock.
                 self.kept = KeptStore(self.folder.kept)
@@ -109,6 +112,7 @@ class Rounds:
             self._restore()
             metrics.truncate(self.done)
             clients.truncate(self.done)
+            self.traces.truncate(self.done)
             self.folder.write_record(self.tuner.record)
             self._tell_start()
             self.executor.expect(self._upcoming, self.done + 1, self.options.rounds)
@@ -232,6 +236,7 @@ class Rounds:
                 out_of_memory=narrowed,
                 trained_s=trained_s,
             )
+            self.traces.write(round, [result.traces for result in results])
         # All that the next round follows from changes here, at once.
         self._settled = False
         with self.clock.phase("server"):

@@ -114,6 +114,11 @@ class RunFolder:
         return self.path / "clients"
 
     @property
+    def traces(self) -> Path:
+        """Folder of Parquet files, one a round in which clients returned traces."""
+        return self.path / "traces"
+
+    @property
     def summary(self) -> Path:
         """The run in one JSON object."""
         return self.path / "summary.json"
@@ -202,7 +207,8 @@ class RunFolder:
         files = (self.config, self.environment, self.engine, self.metrics, self.tiers)
         for file in (*files, self.summary, self.final):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.clients, self.kept, self.tensorboard):
+        made = (self.checkpoints, self.clients, self.traces, self.kept, self.tensorboard)
+        for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         if self.made and self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
