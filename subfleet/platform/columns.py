@@ -20,6 +20,7 @@ class Column(NamedTuple):
 # A dict-valued column shows each of its entries as tag/<entry>.
 METRICS_COLUMNS: tuple[Column, ...] = (
     Column("round", "int", "1", "Number of the round, from 1."),
+    Column("phase", "string", "1", "Name of the algorithm's phase that the round belongs to."),
     Column(
         "loss_train",
         "float",
@@ -103,7 +104,7 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "seconds",
         "dict of float",
         "s",
-        "Wall-clock time of the coordinator, by phase.",
+        "Wall-clock time of the coordinator, by part of the round.",
         "platform/seconds",
     ),
     Column(

@@ -86,6 +86,7 @@ def round_record(
     round: int,
     columns: dict[str, np.ndarray],
     *,
+    phase: str,
     local: Mapping[str, float] | None,
     evaluated: Evaluated | None,
     coverage_min: int | None,
@@ -100,6 +101,7 @@ def round_record(
     weights = columns["num_samples"][seen]
     record: dict[str, Any] = {
         "round": round,
+        "phase": phase,
         "loss_train": float(np.average(columns["loss"][seen], weights=weights))
         if weights.sum()
         else float("nan"),

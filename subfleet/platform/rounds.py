@@ -229,6 +229,7 @@ class Rounds:
             record = round_record(
                 round,
                 rows,
+                phase=phase.name,
                 local=local_accuracy(rows) if measured else None,
                 evaluated=evaluated,
                 coverage_min=min((int(c.min()) for c in coverage.values()), default=None),

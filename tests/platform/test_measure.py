@@ -93,6 +93,7 @@ def test_a_round_by_hand():
     record = round_record(
         7,
         found,
+        phase="train",
         local={"acc_local": 0.5},
         evaluated=Evaluated({"global": 0.9, "low": 0.7}, {"global": 0.3, "low": 0.8}, 12),
         coverage_min=2,
@@ -105,7 +106,8 @@ def test_a_round_by_hand():
     assert record["flops"] == 400 and record["clients_per_s"] == 8 and record["retries"] == 1
     assert record["acc_global"] == 0.9 and record["loss_global"] == 0.3
     assert record["acc_tier"] == {"low": 0.7} and record["acc_local"] == 0.5
-    assert record["coverage_min"] == 2 and record["round"] == 7
+    assert record["coverage_min"] == 2
+    assert (record["round"], record["phase"]) == (7, "train")
     assert "bytes_map" not in found  # the parts do not hold it
 
 
@@ -114,7 +116,14 @@ def test_a_round_in_which_nobody_counts():
         [trained(0, [1], loss=[float("nan")], status=["skipped"])], ["a"], {1: (5, 0)}
     )
     record = round_record(
-        1, found, local=None, evaluated=None, coverage_min=None, retries=0, trained_s=1.0
+        1,
+        found,
+        phase="train",
+        local=None,
+        evaluated=None,
+        coverage_min=None,
+        retries=0,
+        trained_s=1.0,
     )
     assert math.isnan(record["loss_train"])
     assert record["clients"] == 0 and record["bytes_up"] == 40

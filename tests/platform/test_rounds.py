@@ -232,6 +232,8 @@ def test_phases_reports_and_last_rounds_survive_a_crash(tmp_path, stop):
         assert len(ids) == (min(3, len(strong & set(train.tolist()))) if round <= 2 else 4)
         assert round > 2 or set(ids) <= strong
     assert max(n for _, _, before in whole["seen"] for n in before) >= 1
+    lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert [line["phase"] for line in lines] == ["first"] * 2 + ["second"] * 3
 
 
 def test_a_damaged_checkpoint_costs_rounds_but_none_is_there_twice(tmp_path):
