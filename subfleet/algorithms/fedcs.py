@@ -24,12 +24,10 @@ from subfleet.core.algorithm import (
     State,
     TierSize,
 )
-from subfleet.core.budget import Budget
 from subfleet.core.errors import InputError
 from subfleet.core.masks import refuse_joint_norms
 from subfleet.core.program import ClientResult, ClientTask, LocalRule, RunContext, RunProgram
 from subfleet.core.pruning import Criterion, Score, Shrinking, Step, prune
-from subfleet.core.supernet import SuperNetwork
 from subfleet.core.trials import Statistics, Trials
 from subfleet.core.units import IndexMap
 
@@ -55,7 +53,7 @@ class FedCS(PartialAveraging):
     Options:
         phases: Which of "warm-up", "search" and "train" to run, in this order. A phase that
             is left out is taken from the run that `run.start_from` names.
-        warm_up: Rounds of the warm-up, as a share of those of the training.
+        warm_up: Rounds of warm-up before the search; the paper takes 30 % of the training's.
         shrink: In (0, 1): the share of its channels that a group loses in a step; at least one.
         multiple: The channels left are a multiple of it.
         min_units: No group is cut below so many channels,
@@ -76,7 +74,7 @@ class FedCS(PartialAveraging):
     """
 
     phases: tuple[PhaseName, ...] = PHASES
-    warm_up: float = 0.3
+    warm_up: int = 30
     shrink: float = 0.1
     multiple: int = 1
     min_units: int = 8
@@ -99,11 +97,6 @@ class FedCS(PartialAveraging):
             raise InputError(
                 f"algorithm.phases={list(self.phases)} is not in order; give some of "
                 f"{list(PHASES)}, each once"
-            )
-        if short := [name for name, (first, last) in self.stretches.items() if last < first]:
-            raise InputError(
-                f"run.rounds={self.setting.rounds} leaves no round for {', '.join(short)}; give "
-                f"at least {len(self.phases)} rounds, or fewer algorithm.phases"
             )
         if "warm-up" in self.phases and not self._rich:
             raise InputError(
@@ -130,17 +123,18 @@ class FedCS(PartialAveraging):
                     f"algorithm.{name}={getattr(self, name)} is outside (0, 1]; "
                     f"give {getattr(type(self), name)}, say"
                 )
-        for name, least in (("multiple", 1), ("min_units", 1), ("samples", 2), ("widths", 2)):
+        for name, least in (
+            ("warm_up", 1),
+            ("multiple", 1),
+            ("min_units", 1),
+            ("samples", 2),
+            ("widths", 2),
+        ):
             if getattr(self, name) < least:
                 raise InputError(
                     f"algorithm.{name}={getattr(self, name)} is below {least}; "
                     f"give {getattr(type(self), name)}, say"
                 )
-        if not 0 < self.warm_up < math.inf:
-            raise InputError(
-                f"algorithm.warm_up={self.warm_up} is not above 0; give a share of the training's "
-                "rounds, such as 0.3, or leave the warm-up out of algorithm.phases"
-            )
 
     def _check_reachable(self, tier: TierSize) -> None:
         net, budget = self.setting.net, tier.budget(self.setting.net)
@@ -156,26 +150,37 @@ class FedCS(PartialAveraging):
     # --- phases --------------------------------------------------------------------------
 
     @cached_property
-    def stretches(self) -> dict[PhaseName, tuple[int, int]]:
-        """The first and the last round of each phase."""
-        left = self.setting.rounds - ("search" in self.phases)
-        warm = left if "train" not in self.phases else self._warm_rounds(left)
-        lengths = {"warm-up": warm, "search": 1, "train": left - warm * ("warm-up" in self.phases)}
-        found: dict[PhaseName, tuple[int, int]] = {}
-        done = 0
-        for name in self.phases:
-            found[name] = (done + 1, done + lengths[name])
-            done += lengths[name]
-        return found
+    def _ends(self) -> dict[PhaseName, int]:
+        """The last round of each phase, in order; the last phase ends with the run."""
+        search = int("search" in self.phases)
+        warm = self.warm_up if "train" in self.phases else self.setting.rounds - search
+        found: dict[PhaseName, int] = {}
+        if "warm-up" in self.phases:
+            found["warm-up"] = warm
+        if search:
+            found["search"] = found.get("warm-up", 0) + 1
+        return found | {self.phases[-1]: self.setting.rounds}
 
-    def _warm_rounds(self, rounds: int) -> int:
-        """T_w of T_w + T rounds, of which T_w is the share `warm_up` of T."""
-        return max(1, round(rounds * self.warm_up / (1 + self.warm_up)))
+    def _phase_of(self, round: int) -> PhaseName:
+        return next((name for name, last in self._ends.items() if round <= last), self.phases[-1])
+
+    def doubts(self) -> tuple[str, ...]:
+        """Phases that the run ends before."""
+        left = [name for name in self.phases if name not in map(self._phase_of, self._rounds)]
+        if not left:
+            return ()
+        return (
+            f"run.rounds = {self.setting.rounds} ends before {' and '.join(left)}: the warm-up "
+            f"alone takes {self.warm_up} rounds; lower algorithm.warm_up or take more rounds",
+        )
+
+    @property
+    def _rounds(self) -> range:
+        return range(1, self.setting.rounds + 1)
 
     def phase(self, round: int) -> Phase:
         """The phase that a round belongs to; the last goes on beyond `run.rounds`."""
-        name = next((n for n, (_, last) in self.stretches.items() if round <= last), None)
-        name = name or self.phases[-1]
+        name = self._phase_of(round)
         if name == "search":
             return Phase(
                 name,
@@ -203,9 +208,9 @@ class FedCS(PartialAveraging):
         rule = self.setting.rule
         if rule.schedule is None:
             return rule
-        first, last = self.stretches[name]
-        own = replace(rule, schedule=replace(rule.schedule, rounds=last - first + 1))
-        return own.at(round - first + 1)
+        before = max((end for end in self._ends.values() if end < round), default=0)
+        length = max(1, self._ends[name] - before)
+        return replace(rule, schedule=replace(rule.schedule, rounds=length)).at(round - before)
 
     def enter(self, phase: Phase, state: State) -> State:
         """Before training, fresh weights: those that any other algorithm starts from."""
@@ -225,7 +230,7 @@ class FedCS(PartialAveraging):
 
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """The whole network for all, or in training what each client found."""
-        net, training = self.setting.net, self.phase(round).name == "train"
+        net, training = self.setting.net, self._phase_of(round) == "train"
         work = tasks(net, cohort, lambda tier: self.map_of(tier, round))
         if training:
             work = [
@@ -235,8 +240,8 @@ class FedCS(PartialAveraging):
         return RoundPlan(work, {0: state["params"]})
 
     def map_of(self, tier: int, round: int) -> IndexMap:
-        """The whole network until training; then that of a client of the tier that did not search."""
-        return self.setting.tiers[tier].map if self.phase(round).name == "train" else FULL
+        """The whole network until training; then that of the tier, for who did not search."""
+        return self.setting.tiers[tier].map if self._phase_of(round) == "train" else FULL
 
     def _personal(self, task: ClientTask, report: dict[str, Any] | None) -> ClientTask:
         tier = self.setting.tiers[task.tier]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def go_by_the_batch(module: nn.Module, *, tracked: bool = False) -> list[nn.Module]:
+def go_by_the_batch(module: nn.Module, *, tracked: bool = False) -> list[_BatchNorm]:
     """From now on BatchNorm goes by the batch's own statistics, while dropout rests.
 
     Running statistics stay as they are unless `tracked`. Returns the BatchNorm layers. A

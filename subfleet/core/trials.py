@@ -105,6 +105,7 @@ class Trials:
                 if name not in self._tensors or group not in groups_of(binding):
                     continue
                 kept = along(binding, {group: mask}, self._space)
+                assert kept is not None
                 weight = self._tensors[name]
                 saved[name] = weight.clone()
                 weight.mul_(kept.view(1, -1, *[1] * (weight.dim() - 2)))

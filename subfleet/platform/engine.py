@@ -320,7 +320,7 @@ class _Tally:
                 self.kept[position] = _copied(result.kept)
             if result.report is not None:
                 self.reports[task.client] = result.report
-            if result.trace:
+            if result.trace and len(next(iter(result.trace.values()))):
                 self.traces[task.client] = {
                     n: np.asarray(column) for n, column in result.trace.items()
                 }
