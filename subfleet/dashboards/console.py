@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column, Table
+from rich.text import Text
 
 from subfleet.platform.clock import TimeLeft
+from subfleet.platform.stretches import Stretch, name_at
+
+SLOW_S = 2.0  # a round that lasts longer shows how far it has come
 
 
 def duration(seconds: float) -> str:
@@ -51,10 +55,24 @@ class LoggedWarnings:
         """Nothing to give back."""
 
 
+class _Live(ProgressColumn):
+    """A column of a bar that asks for its text whenever the bar is drawn."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._now = text
+
+    def render(self, task: Task) -> Text:
+        """What is to be said now."""
+        del task
+        return Text(self._now())
+
+
 class ConsoleProgress:
     """An `Observer`: a live line on a terminal, else one plain line every few seconds.
 
-    Warnings come first, a line each.
+    Warnings come first, a line each. Where a run has several phases the line names the one
+    that goes on; in a round that lasts for seconds it says how many clients are done.
     Writes to stderr unless given another console, so that stdout stays for results.
     Accuracy and loss are of the last round that had them.
     """
@@ -65,7 +83,13 @@ class ConsoleProgress:
         self._total = total_rounds
         self._console = console or Console(stderr=True)
         self._interval_s = interval_s
-        self._left = TimeLeft(total_rounds)
+        self._phases: Sequence[Stretch] = ()
+        self._several = False
+        self._left = TimeLeft(())
+        self._left_s: float | None = None
+        self._done = 0
+        self._round_s = 0.0  # when the round that goes on began
+        self._clients: tuple[int, int] | None = None  # of it, done and in all
         self._last: dict[str, Any] = {}
         self._printed_s = -float("inf")
         self._progress: Progress | None = None
@@ -75,31 +99,43 @@ class ConsoleProgress:
         """Show the warnings, then the bar, at `info["start"]` rounds done."""
         for warning in info.get("warnings", ()):
             self._plain(f"warning: {warning}")
-        start = info.get("start", 0)
-        self._left.update(start, time.monotonic())
+        self._done, self._round_s = info.get("start", 0), time.monotonic()
+        self._phases = info.get("phases") or [Stretch("", 1, self._total)]
+        self._several = len({phase.name for phase in self._phases}) > 1
+        self._left = TimeLeft(self._phases, self._done, self._round_s)
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("round"),
-                MofNCompleteColumn(),
+                _Live(self._head),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}"),
+                _Live(self._text),
                 console=self._console,
                 transient=False,
             )
-            self._task = self._progress.add_task("", total=self._total, completed=start, text="")
+            self._task = self._progress.add_task("", total=self._total, completed=self._done)
             self._progress.start()
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Show the round; plain lines only every few seconds, and for the last round."""
         now = time.monotonic()
         self._last.update((key, value) for key, value in record.items() if value is not None)
-        done = record["round"]
-        text = self._text(self._left.update(done, now))
+        self._done, self._round_s, self._clients = record["round"], now, None
+        self._left_s = self._left.update(name_at(self._phases, self._done), now)
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, text=escape(text))
-        elif now - self._printed_s >= self._interval_s or done == self._total:
-            self._printed_s = now
-            self._plain(f"round {done}/{self._total}  {text}")
+            self._progress.update(self._task, completed=self._done)
+        else:
+            self._print(now, at_once=self._done == self._total)
+
+    def on_progress(self, done: int, clients: int) -> None:
+        """Show how far the round has come; by plain lines only where it outlasts their interval."""
+        now = time.monotonic()
+        self._clients, share = (done, clients), done / max(1, clients)
+        if now - self._round_s >= SLOW_S:
+            phase = name_at(self._phases, self._done + 1)
+            self._left_s = self._left.within(phase, share, now)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done + share)
+        elif now - self._round_s >= max(self._interval_s, SLOW_S):
+            self._print(now)
 
     def on_note(self, text: str) -> None:
         """Show the note, above the bar where there is one."""
@@ -115,7 +151,23 @@ class ConsoleProgress:
             self._progress.stop()
             self._progress = None
 
-    def _text(self, left_s: float | None) -> str:
+    def _print(self, now: float, *, at_once: bool = False) -> None:
+        if at_once or now - self._printed_s >= self._interval_s:
+            self._printed_s = now
+            self._plain(f"{self._head()}  {self._text()}".rstrip())
+
+    def _head(self) -> str:
+        """The phase, where there are several, and the last round done, or the one that goes on."""
+        clients = self._clients
+        within = clients is not None and time.monotonic() - self._round_s >= SLOW_S
+        round = self._done + 1 if within else self._done
+        parts = [name_at(self._phases, round)] if self._several else []
+        parts.append(f"round {round}/{self._total}")
+        if clients is not None and within:
+            parts.append(f"{clients[0]}/{clients[1]} clients")
+        return "  ".join(parts)
+
+    def _text(self) -> str:
         parts = []
         for key, name, form in (
             ("acc_global", "acc", ".3f"),
@@ -124,8 +176,8 @@ class ConsoleProgress:
         ):
             if key in self._last:
                 parts.append(f"{name} {self._last[key]:{form}}")
-        if left_s is not None:
-            parts.append(f"{duration(left_s)} left")
+        if self._left_s is not None:
+            parts.append(f"{duration(self._left_s)} left")
         return "  ".join(parts)
 
     def _plain(self, text: str) -> None:

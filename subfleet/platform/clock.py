@@ -1,11 +1,13 @@
-"""Wall-clock time: seconds of a round by phase, and how long the rest will take."""
+"""Wall-clock time: seconds of a round by its parts, and how long the rest will take."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+
+from subfleet.platform.stretches import Stretch
 
 
 class PhaseClock:
@@ -53,24 +55,75 @@ class PhaseClock:
         return seconds
 
 
-class TimeLeft:
-    """Seconds until the last round, from the pace of the most recent rounds.
+def seconds_left(
+    rounds: Mapping[str, float], paces: Mapping[str, float], otherwise: float
+) -> float:
+    """How long the rounds that are left of each phase take, at so many seconds a round.
 
-    >>> left = TimeLeft(10, window=3)
-    >>> [left.update(round, second) for round, second in [(0, 0.0), (1, 9.0), (2, 11.0), (3, 13.0)]]
-    [None, 81.0, 44.0, 30.333333333333332]
-    >>> left.update(4, 15.0)
-    12.0
+    A phase without a pace goes by `otherwise`.
+
+    >>> seconds_left({"warm-up": 2, "search": 1, "train": 10}, {"warm-up": 3.0}, 5.0)
+    61.0
+    """
+    return sum((n * paces.get(name, otherwise) for name, n in rounds.items()), 0.0)
+
+
+class TimeLeft:
+    """Seconds until the last round, from the pace of the most recent rounds of each phase.
+
+    A phase of which no round is known goes by the mean of all rounds so far.
+
+    >>> left = TimeLeft([Stretch("train", 1, 10)], window=3)
+    >>> [left.update("train", second) for second in (9.0, 11.0, 13.0, 15.0)]
+    [81.0, 44.0, 30.333333333333332, 12.0]
+    >>> left = TimeLeft([Stretch("warm-up", 1, 3), Stretch("search", 4, 4), Stretch("train", 5, 7)])
+    >>> left.update("warm-up", 2.0), left.update("warm-up", 4.0), left.update("warm-up", 6.0)
+    (12.0, 10.0, 8.0)
+    >>> left.update("search", 16.0), left.update("train", 17.0)  # 3 rounds of 4 s; 2 of 1 s
+    (12.0, 2.0)
     """
 
-    def __init__(self, total: int, window: int = 20) -> None:
-        self._total = total
-        self._seen: deque[tuple[int, float]] = deque(maxlen=window + 1)
+    def __init__(
+        self, phases: Iterable[Stretch], done: int = 0, now: float = 0.0, window: int = 20
+    ) -> None:
+        """`done` rounds are done already, and nothing is known of how long they took."""
+        self._window = window
+        self._left: dict[str, float] = {}
+        for name, first, last in phases:
+            rounds = max(0, last - max(first - 1, done))
+            self._left[name] = self._left.get(name, 0) + rounds
+        self._recent: dict[str, deque[float]] = {}
+        self._rounds = 0
+        self._started_s = self._round_s = now
 
-    def update(self, round: int, now: float) -> float | None:
-        """Note that `round` rounds are done at second `now`; None until two points are known."""
-        self._seen.append((round, now))
-        first_round, first_s = self._seen[0]
-        if round <= first_round:
+    def update(self, phase: str, now: float) -> float:
+        """One more round, of `phase`, is done at second `now`."""
+        recent = self._recent.setdefault(phase, deque(maxlen=self._window))
+        recent.append(now - self._round_s)
+        self._round_s = now
+        self._rounds += 1
+        self._left[phase] = max(0, self._left.get(phase, 0) - 1)
+        mean = (now - self._started_s) / self._rounds
+        return seconds_left(self._left, self._paces(), mean)
+
+    def within(self, phase: str, share: float, now: float) -> float | None:
+        """A `share` of the round that goes on, of `phase`, is done at second `now`.
+
+        The first round of a phase goes by itself. None while nothing is known at all.
+
+        >>> left = TimeLeft([Stretch("search", 1, 1), Stretch("train", 2, 3)])
+        >>> left.within("search", 0.0, 5.0), left.within("search", 0.25, 10.0)  # 30 s, 2 of 40 s
+        (None, 110.0)
+        """
+        paces = self._paces()
+        if share > 0:
+            paces.setdefault(phase, (now - self._round_s) / share)
+        if not paces:
             return None
-        return (now - first_s) / (round - first_round) * max(0, self._total - round)
+        known = self._round_s - self._started_s
+        mean = known / self._rounds if self._rounds else paces[phase]
+        left = self._left | {phase: max(0.0, self._left.get(phase, 0) - share)}
+        return seconds_left(left, paces, mean)
+
+    def _paces(self) -> dict[str, float]:
+        return {name: sum(recent) / len(recent) for name, recent in self._recent.items()}

@@ -14,7 +14,7 @@ from subfleet.datasets.stream import CohortStream
 from subfleet.platform.executor import RayExecutor
 from subfleet.platform.job import Job
 from subfleet.platform.memory import keep_freed_memory
-from subfleet.platform.metrics import Observer, tell
+from subfleet.platform.metrics import Observer, tell, tell_progress
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
@@ -44,6 +44,14 @@ class _Events:
 
     def on_note(self, text: str) -> None:
         self._note("note", {"text": text})
+
+    def on_progress(self, done: int, clients: int) -> None:
+        newest = ("progress", {"done": done, "clients": clients})
+        with self._lock:
+            if self._events and self._events[-1][0] == "progress":
+                self._events[-1] = newest  # nobody wants to know where it was before
+            else:
+                self._events.append(newest)
 
     def on_end(self, summary: dict[str, Any]) -> None:
         self._note("end", summary)
@@ -141,5 +149,7 @@ def _tell(progress: Observer, kind: str, value: dict[str, Any]) -> None:
         progress.on_round(value, {})
     elif kind == "note":
         tell([progress], value["text"])
+    elif kind == "progress":
+        tell_progress([progress], **value)
     else:
         progress.on_end(value)

@@ -30,10 +30,13 @@ class Observer(Protocol):
     """Watches a run; the coordinator calls it, from one thread.
 
     It may also have `on_note(text)`, which hears in a line each what the engine chose for
-    a variant, and when that changes: memory ran out, say.
+    a variant, and when that changes: memory ran out, say. And it may have
+    `on_progress(done, clients)`, which hears, as bundles come in, how many of the clients of
+    the round that goes on are done; it may be told often, and from 0 on again.
 
     `info`: rounds (of the whole run), start (rounds already done, 0 unless
-    resumed), config (the experiment, a nested dict), run_folder, algorithm,
+    resumed), phases (a `Stretch` of name, first and last round for each, in order),
+    config (the experiment, a nested dict), run_folder, algorithm,
     warnings (sentences that whoever started the run should read).
     """
 
@@ -56,6 +59,14 @@ def tell(observers: Iterable[Observer], text: str) -> None:
         hear = getattr(observer, "on_note", None)
         if hear is not None:
             hear(text)
+
+
+def tell_progress(observers: Iterable[Observer], done: int, clients: int) -> None:
+    """How far the round has come, for those of the observers that follow it."""
+    for observer in observers:
+        hear = getattr(observer, "on_progress", None)
+        if hear is not None:
+            hear(done, clients)
 
 
 class MetricsLog:

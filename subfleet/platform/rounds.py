@@ -48,12 +48,14 @@ from subfleet.platform.metrics import (
     params_sha256,
     summarise,
     tell,
+    tell_progress,
 )
 from subfleet.platform.notes import engine_notes
 from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.stretches import stretches
 from subfleet.platform.tracefiles import TraceFiles
 from subfleet.platform.tuner import Tuner
 
@@ -171,6 +173,7 @@ class Rounds:
         info = {
             "rounds": self.options.rounds,
             "start": self.done,
+            "phases": stretches(lambda r: self.algorithm.phase(r).name, self.options.rounds),
             "config": self.job.config,
             "run_folder": str(self.folder.path),
             "algorithm": type(self.algorithm).__name__,
@@ -300,7 +303,9 @@ class Rounds:
         results: list[BundleResult | None] = [None] * len(bundles)
         tree: ReductionTree[Update] = ReductionTree(len(bundles), self._merge)
         arrivals = self.executor.run(bundles, plan.shared)
+        done = 0
         while True:
+            tell_progress(self.observers, done, len(plan.tasks))
             with self.clock.phase("train"):
                 result = next(arrivals, None)
             if result is None:
@@ -309,6 +314,7 @@ class Rounds:
                 with self.clock.phase("reduce"):
                     tree.add(result.number, result.update)
             self._heed_stop()
+            done += len(bundles[result.number].tasks)
             # The partial sum lives on in the tree alone.
             results[result.number] = replace(result, update=None)
         whole = [result for result in results if result is not None]

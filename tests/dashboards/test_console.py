@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation, print_end
+from subfleet.platform.stretches import Stretch
 
 ROWS = [
     {"tier": "high", "clients": 333, "params": 1_234_567, "mflops": 29.353, "accuracy": 0.777},
@@ -107,3 +108,99 @@ def test_long_preparations_are_spoken_of_and_short_ones_are_not() -> None:
         console = Console(file=io.StringIO(), width=80)
         Preparation(console, interval_s=interval_s)("read", 3, 17)
         assert console.file.getvalue().strip() == words
+
+
+# --- phases, and progress within a round ---------------------------------------------------------
+
+PHASES = [Stretch("warm-up", 1, 2), Stretch("search", 3, 3), Stretch("train", 4, 6)]
+
+
+class Clock:
+    """Stands in for the module `time` where a test says what time it is."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr("subfleet.dashboards.console.time", clock := Clock())
+    return clock
+
+
+def rounds_of(progress, clock, numbers, seconds):
+    for number in numbers:
+        clock.now += seconds
+        progress.on_round({"round": number}, {})
+
+
+def test_several_phases_are_named_and_each_goes_at_its_own_pace(clock):
+    out = console(terminal=False)
+    progress = ConsoleProgress(6, out, interval_s=0)
+    progress.on_start({"rounds": 6, "start": 0, "phases": PHASES})
+    rounds_of(progress, clock, (1, 2), 2)
+    rounds_of(progress, clock, (3,), 20)
+    rounds_of(progress, clock, (4, 5, 6), 10)
+    assert out.file.getvalue().splitlines() == [
+        "warm-up  round 1/6  10s left",
+        "warm-up  round 2/6  8s left",
+        "search  round 3/6  24s left",  # three rounds of (2 + 2 + 20) / 3
+        "train  round 4/6  20s left",
+        "train  round 5/6  10s left",
+        "train  round 6/6  0s left",
+    ]
+
+
+def test_one_phase_is_not_named_however_often_it_comes_back():
+    out = console(terminal=False)
+    progress = ConsoleProgress(2, out, interval_s=0)
+    progress.on_start({"rounds": 2, "phases": [Stretch("train", 1, 2)]})
+    progress.on_round({"round": 1}, {})
+    assert out.file.getvalue().startswith("round 1/2")
+
+
+def test_a_long_round_says_every_few_seconds_how_many_clients_are_done(clock):
+    out = console(terminal=False)
+    progress = ConsoleProgress(6, out)
+    progress.on_start({"rounds": 6, "start": 2, "phases": PHASES})
+    progress.on_progress(0, 8)
+    for done in range(1, 9):
+        clock.now += 3
+        progress.on_progress(done, 8)
+    clock.now += 1
+    progress.on_round({"round": 3}, {})
+    assert out.file.getvalue().splitlines() == [
+        "search  round 3/6  2/8 clients  1m30s left",  # 18 s of this round, 3 rounds of 24 s
+        "search  round 3/6  4/8 clients  1m24s left",
+        "search  round 3/6  6/8 clients  1m18s left",
+        "search  round 3/6  8/8 clients  1m12s left",
+    ]
+
+
+def test_short_rounds_say_nothing_of_their_clients(clock):
+    out = console(terminal=False)
+    progress = ConsoleProgress(6, out, interval_s=0)
+    progress.on_start({"rounds": 6, "phases": PHASES})
+    for number in (1, 2):
+        for done in (0, 1, 2):
+            progress.on_progress(done, 2)
+            clock.now += 0.5
+        progress.on_round({"round": number}, {})
+    assert [line.split("  ")[:2] for line in out.file.getvalue().splitlines()] == [
+        *(["warm-up", "round 1/6"], ["warm-up", "round 2/6"]),
+    ]
+
+
+def test_the_bar_names_the_phase_and_shows_a_long_rounds_clients(clock):
+    out = console(terminal=True)
+    progress = ConsoleProgress(6, out)
+    progress.on_start({"rounds": 6, "start": 2, "phases": PHASES})
+    progress.on_progress(3, 10)
+    clock.now += 9  # no bundle came in meanwhile: the bar is drawn again all the same
+    progress.close()
+    text = out.file.getvalue()
+    assert "train  round" not in text and "warm-up  round 2/6 " in text
+    assert "search  round 3/6  3/10 clients" in text

@@ -93,7 +93,7 @@ def test_events_wait_only_for_who_follows(
     coordinator = start_coordinator(job, folder, hosts, "cpu", [], followed)
     ray.get(coordinator.run.remote())
     kinds = [kind for kind, _ in ray.get(coordinator.events.remote())]
-    assert kinds == (["start", "note", "note", "round", "end"] if followed else [])
+    assert kinds == (["start", "note", "note", "progress", "round", "end"] if followed else [])
     for actor in (coordinator, *hosts):
         ray.kill(actor)
 

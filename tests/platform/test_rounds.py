@@ -267,6 +267,45 @@ class Told(toys.StopAfter):
         self.info = info
 
 
+class Follows(Told):
+    """It also follows the rounds as they go."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def on_progress(self, done, clients):
+        self.heard.append((done, clients))
+
+    def on_round(self, record, coverage):
+        self.heard.append(record["phase"])
+
+
+def test_an_observer_hears_of_the_phases_and_of_the_clients_that_are_done(tmp_path):
+    algorithm = Remembers(toys.setting(toys.mlp(), rounds=4))
+    job = toys.job(algorithm, data(), cohort=3, bundle_clients=1, checkpoint_every=1)
+    watching = Follows()
+    toys.run(job, tmp_path / "run", observers=(watching,))
+    assert watching.info["phases"] == [("first", 1, 2), ("second", 3, 4)]
+    assert [said for said in watching.heard if isinstance(said, str)] == [
+        *("first", "first", "second", "second"),
+    ]
+    of_round = []
+    for said in watching.heard:
+        if said not in ("first", "second"):
+            of_round.append(said)
+            continue
+        clients = 3 if said == "first" else 4
+        done = [count for count, of in of_round if of == clients]
+        assert len(done) == len(of_round) > 2  # more than the begin and the end
+        assert done == sorted(set(done)) and (done[0], done[-1]) == (0, clients)
+        of_round = []
+    again = Follows()
+    toys.run(job, tmp_path / "run", resume=True, observers=(again,))
+    assert (again.info["start"], again.info["phases"]) == (4, watching.info["phases"])
+    assert again.heard == []
+
+
 def test_rows_of_clients_do_not_wait_for_the_end_without_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr("subfleet.platform.rounds.FLUSH_ROUNDS", 2)
     job = toys.job(fedavg(rounds=5), data(), checkpoint_every=0)
