@@ -22,8 +22,9 @@ from subfleet.core.program import Params
 from subfleet.core.units import IndexMap
 from subfleet.datasets.federation import split_of
 from subfleet.platform import evaluation
-from subfleet.platform.kept import KeptStore
+from subfleet.platform.kept import KeptStore, Row
 from subfleet.platform.metrics import read_metrics
+from subfleet.platform.own import own_tensors, statistics_from
 from subfleet.platform.record import Choice
 from subfleet.platform.resident import Resident
 from subfleet.platform.roster import Roster
@@ -35,6 +36,12 @@ _WORK = 6e9
 _CALIBRATION_ROWS, _TEST_ROWS = 256, 256
 _MOST_TEST_ROWS = 5000  # ... and of small ones no more than these
 _OF_A_CLIENT = 20  # rows, where not all can be used: then many clients have a say
+
+_SAID = {
+    "none": "none: the network has no BatchNorm",
+    "own": "the client's own, as of its last training",
+    "server": "the server's",
+}
 
 Kind = Literal["tier", "client", "width"]
 
@@ -137,22 +144,20 @@ def _map(run: TrainedRun, target: Target) -> tuple[str | None, IndexMap]:
 
 def _own(run: TrainedRun, client: int, map: IndexMap) -> Params:
     """The network's tensors that are the client's own, where they fit the map."""
+    cut = run.net.space.extract(run.params, map)
+    return own_tensors(run.algorithm, cut, map, _kept(run, client))
+
+
+def _kept(run: TrainedRun, client: int) -> Row | None:
     if not run.algorithm.keeps or run.checkpoint is None:
-        return {}
+        return None
     # Where the checkpoint lies, so that restoring is linking.
     with TemporaryDirectory(prefix=".export-", dir=_writable(run.checkpoint.parent)) as scratch:
         store = KeptStore(Path(scratch) / "kept")
         store.restore(run.checkpoint / "kept")
         (row,) = store.read([client])
         store.close()
-    if row is None:
-        return {}
-    shapes, cut = run.net.space.slice_shapes(map), run.net.space.extract(run.params, map)
-    kept = {name: torch.as_tensor(leaf) for name, leaf in row.items()}
-    params = run.algorithm.client_params(cut, kept)
-    tensors = {n: v for n, v in params.items() if n in shapes and v is not cut.get(n)}
-    fits = all(tuple(tensor.shape) == shapes[name] for name, tensor in tensors.items())
-    return tensors if fits else {}
+    return row
 
 
 def _whose(run: TrainedRun, client: int, tier: str | None, map: IndexMap, own: Params) -> str:
@@ -183,18 +188,12 @@ def _writable(folder: Path) -> Path | None:
 
 def _load(run: TrainedRun, target: Target, map: IndexMap, resident: Resident, own: Params) -> str:
     """Puts the weights into the network; where its BatchNorm statistics come from, in words."""
-    params = run.net.space.extract(run.params, map) | own
-    statistics = set(resident.fresh)
-    if not statistics:
+    cut = run.net.space.extract(run.params, map)
+    params, how = cut | own, run.algorithm.evaluation
+    source = statistics_from(resident, cut, own, how)
+    if source != "calibrated":
         resident.load(params)
-        return "none: the network has no BatchNorm"
-    if statistics <= set(own):
-        resident.load(params)
-        return "the client's own, as of its last training"
-    how = run.algorithm.evaluation
-    if not how.calibrate and statistics <= set(params):
-        resident.load(params)
-        return "the server's"
+        return _SAID[source]
     how = how if how.calibrate else Evaluation(calibrate=CALIBRATION_BATCHES)
     most = how.calibrate * how.batch
     count = _affordable(run.net.cost(map).macs, _CALIBRATION_ROWS, most)

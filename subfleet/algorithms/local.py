@@ -193,8 +193,10 @@ class IndexedAveraging(Algorithm):
 
     @property
     def evaluation(self) -> Evaluation:
-        """Recalibrates BatchNorm where the server holds no statistics."""
-        return Evaluation(calibrate=CALIBRATION_BATCHES if self.local_statistics else 0)
+        """Where the server holds no BatchNorm statistics: calibrates, and measures own networks."""
+        if not self.local_statistics:
+            return Evaluation()
+        return Evaluation(calibrate=CALIBRATION_BATCHES, own=True)
 
     @property
     def keeps(self) -> bool:

@@ -141,12 +141,16 @@ class Evaluation:
 
     `prepare` is a program run on the client's training part first (a one-step
     adaptation); `calibrate` re-estimates BatchNorm statistics there over that
-    many batches, for algorithms that keep no global statistics.
+    many batches, for algorithms that keep no global statistics. `own` also measures
+    every evaluated client's own network: `Algorithm.client_map` of its tier's view, with
+    the weights of `Algorithm.client_params`. It is tested as it is, without `prepare`, and
+    calibrates only where the client keeps no statistics.
     """
 
     prepare: LossProgram | None = None
     calibrate: int = 0
     batch: int = 256
+    own: bool = False
 
     @property
     def adapts(self) -> bool:
@@ -253,7 +257,7 @@ class Algorithm(ABC):
         return {}
 
     def client_map(self, view: IndexMap, report: dict[str, Any] | None) -> IndexMap:
-        """A client's own sub-network, for export: by default its tier's view.
+        """A client's own sub-network, to measure and export: by default its tier's view.
 
         `report` is what the client last reported, None where it never did.
         """
@@ -261,10 +265,11 @@ class Algorithm(ABC):
         return view
 
     def client_params(self, cut: Params, kept: Params | None) -> Params:
-        """A client's own weights, for export: the server's, cut to its map, and what it keeps.
+        """A client's own weights, to measure and export: the server's, cut, and what it keeps.
 
-        By default kept leaves that bear the network's own names replace the server's.
-        `kept` is None where the client keeps nothing, or nothing is known of it.
+        `cut` is the server's model on the client's map. By default kept leaves that bear the
+        network's own names replace the server's. `kept` is None where the client keeps
+        nothing, or nothing is known of it.
         """
         names = self.setting.net.space.shapes
         return cut | {name: leaf for name, leaf in (kept or {}).items() if name in names}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,9 +51,20 @@ class TrainBundle:
         return [(variant, list(positions)) for variant, positions in order]
 
 
+class Own(NamedTuple):
+    """A client's own network: its sub-network, and its kept row, None where it keeps nothing."""
+
+    map: IndexMap
+    kept: dict[str, np.ndarray] | None
+
+
 @dataclass(frozen=True)
 class EvalBundle:
-    """Clients on which one host evaluates some sub-networks ("views")."""
+    """Clients on which one host evaluates some sub-networks ("views").
+
+    `own` holds each client's own network, in order of `ids`; it is empty where they are
+    not measured.
+    """
 
     number: int
     round: int
@@ -61,6 +72,7 @@ class EvalBundle:
     views: Mapping[str, IndexMap]
     part: str
     predicted: float
+    own: tuple[Own, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,26 +195,32 @@ def cut_evaluation(
     ids: np.ndarray,
     sizes: np.ndarray,
     views: Mapping[str, IndexMap],
-    seconds_per_sample: float,
+    seconds_per_sample: float | np.ndarray,
     count: int | None = None,
     *,
     round: int,
     part: str,
+    own: Sequence[Own] = (),
 ) -> list[EvalBundle]:
-    """Cuts the evaluated clients into about `count` bundles of equal numbers of samples."""
+    """Cuts the evaluated clients into about `count` bundles of equal cost.
+
+    `seconds_per_sample` are nominal, one number or one a client; `own` is empty or one a client.
+    """
     if len(ids) == 0:
         return []
-    weights = np.maximum(sizes, 1)
-    count = count or auto_count(len(ids), float(weights.sum()) * seconds_per_sample)
-    place = ((np.cumsum(weights) - weights / 2) / weights.sum() * count).astype(int)
+    costs = np.maximum(sizes, 1) * np.broadcast_to(seconds_per_sample, len(ids))
+    count = count or auto_count(len(ids), float(costs.sum()))
+    place = ((np.cumsum(costs) - costs / 2) / costs.sum() * count).astype(int)
+    members = [np.flatnonzero(place == p) for p in np.unique(place)]
     return [
         EvalBundle(
-            n,
-            round,
-            ids[place == p],
-            views,
-            part,
-            float(weights[place == p].sum()) * seconds_per_sample,
+            number=n,
+            round=round,
+            ids=ids[at],
+            views=views,
+            part=part,
+            predicted=float(costs[at].sum()),
+            own=tuple(own[i] for i in at.tolist()) if own else (),
         )
-        for n, p in enumerate(np.unique(place))
+        for n, at in enumerate(members)
     ]

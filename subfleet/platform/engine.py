@@ -30,6 +30,7 @@ from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
+from subfleet.platform import own as own_networks
 from subfleet.platform.bundles import (
     BACKWARD,
     BundleResult,
@@ -187,7 +188,7 @@ class Engine:
                     tested = None
                     network = trained.result.local or trained.params
                     if bundle.local_test and network is not None and trained.healthy:
-                        rows = _rows(blocks["test"], position)
+                        rows = evaluation.rows_of(blocks["test"], position)
                         tested = evaluation.score(resident, network, *rows, self.work.scale)
                     tally.add(task, position, trained, seconds, tested)
                     clock = perf_counter()
@@ -204,7 +205,7 @@ class Engine:
     def evaluate(
         self, bundle: EvalBundle, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
     ) -> BundleResult:
-        """Scores every view of the shared tree on every client of the bundle."""
+        """Scores every view of the shared tree, and perhaps its own network, on every client."""
         started = perf_counter()
         how = self.work.algorithm.evaluation
         table: dict[str, np.ndarray] = {"client": bundle.ids}
@@ -223,7 +224,29 @@ class Engine:
                     )
             correct, loss, count = distinct[map.key]
             table |= {f"{name}/correct": correct, f"{name}/loss": loss, f"{name}/count": count}
+        if bundle.own:
+            table |= self._own_networks(bundle, blocks, shared[0])
         return BundleResult(bundle.number, table, {"evaluate": perf_counter() - started})
+
+    def _own_networks(
+        self, bundle: EvalBundle, blocks: Mapping[str, Rows], model: Params
+    ) -> dict[str, np.ndarray]:
+        """Scores every client's own network; clients of equal maps take turns in one."""
+        sharing: dict[bytes, list[int]] = {}
+        for k, (map, _) in enumerate(bundle.own):
+            sharing.setdefault(map.key, []).append(k)
+        scores = np.zeros((len(bundle.own), 3))
+        for positions in sharing.values():
+            map = bundle.own[positions[0]].map
+            choice = self._evaluating(self.work.net.space.counts(map), bundle.round)
+            with charged_to(choice.variant, choice.device):
+                scores[positions] = own_networks.run(
+                    *(self.work.algorithm, self.resident(map, choice), bundle, positions),
+                    *(model, blocks, self.work.scale),
+                )
+        correct, loss, count = scores.T
+        # No view's key: these have a slash.
+        return {"own_correct": correct, "own_loss": loss, "own_count": count}
 
     def _evaluating(self, variant: object, round: int) -> Choice:
         """One client after the other, in full precision."""
@@ -263,11 +286,6 @@ class Engine:
             round=bundle.round,
             scale=self.work.scale,
         )
-
-
-def _rows(block: Rows, position: int) -> tuple[np.ndarray, np.ndarray]:
-    first, last = block.offsets[position], block.offsets[position + 1]
-    return block.x[first:last], block.y[first:last]
 
 
 class _Tally:

@@ -54,8 +54,8 @@ def run(
     for k, trained in enumerate(_starts(resident, params, clients, adapting)):
         if calibrates:
             resident.load({**trained, **resident.fresh})
-            calibrate(resident, _slice(blocks["train"], k)[0], how, scale)
-        right, loss, _ = score(resident, resident.params, *_slice(block, k), scale)
+            calibrate(resident, rows_of(blocks["train"], k)[0], how, scale)
+        right, loss, _ = score(resident, resident.params, *rows_of(block, k), scale)
         sums[:, k] = right, loss
     return sums[0], sums[1], count
 
@@ -73,7 +73,8 @@ def _starts(
         yield resident.params
 
 
-def _slice(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (x, y) of the k-th client of a block."""
     first, last = block.offsets[k], block.offsets[k + 1]
     return block.x[first:last], block.y[first:last]
 

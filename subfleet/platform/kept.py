@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,20 @@ class KeptStore:
         wanted = np.asarray(ids, np.int64)
         at, found = self._find(wanted)
         return [self._row(self._index[i]) if ok else None for i, ok in zip(at, found, strict=True)]
+
+    def read_ahead(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        unwritten: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[Mapping[str, Any]]]],
+    ) -> list[Row | None]:
+        """What `read` would return after a `write` of each of `unwritten`, (ids, trees)."""
+        wanted = np.asarray(ids, np.int64).tolist()
+        rows = dict(zip(wanted, self.read(wanted), strict=True))
+        for clients, trees in unwritten:
+            for client, tree in zip(np.asarray(clients).tolist(), trees, strict=True):
+                if client in rows:
+                    rows[client] = {name: _array(leaf) for name, leaf in tree.items()}
+        return [rows[client] for client in wanted]
 
     def _find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at = np.searchsorted(self._ids, wanted)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,27 @@ _UPLOADED = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Accuracy and loss of each view on the evaluated clients, sample-weighted."""
+    """Accuracy and loss of each view on the evaluated clients, sample-weighted.
+
+    `own` is what `own_accuracy` says of the clients' own networks, empty if not measured.
+    """
 
     accuracy: dict[str, float]
     loss: dict[str, float]
     samples: int
+    own: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def merged(cls, results: Iterable[BundleResult], views: Mapping[str, IndexMap]) -> Evaluated:
-        """Sums bundles in order of their number, so that arrival leaves no trace."""
+    def merged(
+        cls,
+        results: Iterable[BundleResult],
+        views: Mapping[str, IndexMap],
+        tiers_of: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Evaluated:
+        """Sums bundles in order of their number, so that arrival leaves no trace.
+
+        `tiers_of` gives the names of clients' tiers, by which own networks are told apart.
+        """
         tables = [r.table for r in sorted(results, key=lambda r: r.number)]
         accuracy, loss, samples = {}, {}, 0
         for name in views:
@@ -42,7 +54,12 @@ class Evaluated:
             accuracy[name] = correct / count if count else float("nan")
             loss[name] = lost / count if count else float("nan")
             samples = int(count)
-        return cls(accuracy, loss, samples)
+        own = {}
+        if tiers_of is not None and tables and "own_count" in tables[0]:
+            names = ("client", "own_correct", "own_loss", "own_count")
+            columns = {name: np.concatenate([table[name] for table in tables]) for name in names}
+            own = own_accuracy(columns, tiers_of(columns["client"]))
+        return cls(accuracy, loss, samples, own)
 
 
 def client_columns(
@@ -72,13 +89,48 @@ def local_accuracy(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
     >>> one["acc_local"], round(one["acc_local_sd"], 4), one["acc_local_worst10"]
     (0.75, 0.3536, 0.5)
     """
-    known = np.sort(columns["acc_local"][~np.isnan(columns["acc_local"])])
+    known = columns["acc_local"][~np.isnan(columns["acc_local"])]
     if not len(known):
         return {}
+    return {"acc_local": float(np.sort(known).mean())} | _spread("acc_local", known)
+
+
+def _spread(name: str, accuracy: np.ndarray) -> dict[str, float]:
+    """Sample sd and worst tenth over clients."""
+    ordered = np.sort(accuracy)
     return {
-        "acc_local": float(known.mean()),
-        "acc_local_sd": float(known.std(ddof=1)) if len(known) > 1 else 0.0,
-        "acc_local_worst10": float(known[: max(1, len(known) // 10)].mean()),
+        f"{name}_sd": float(ordered.std(ddof=1)) if len(ordered) > 1 else 0.0,
+        f"{name}_worst10": float(ordered[: max(1, len(ordered) // 10)].mean()),
+    }
+
+
+def own_accuracy(columns: Mapping[str, np.ndarray], tiers: np.ndarray) -> dict[str, Any]:
+    """What `metrics.jsonl` says of the evaluated clients' own networks; nothing without samples.
+
+    Accuracies and the loss are weighted by samples, the spread is over clients.
+
+    >>> found = own_accuracy(
+    ...     {
+    ...         "own_correct": np.array([1.0, 4.0, 0.0]),
+    ...         "own_loss": np.array([2.0, 3.0, 0.0]),
+    ...         "own_count": np.array([2, 8, 0]),
+    ...     },
+    ...     np.array(["low", "high", "high"]),
+    ... )
+    >>> found["acc_own"], found["loss_own"], found["acc_own_sd"], found["acc_own_tier"]
+    (0.5, 0.5, 0.0, {'high': 0.5, 'low': 0.5})
+    """
+    tested = columns["own_count"] > 0
+    correct, loss, count = (columns[f"own_{n}"][tested] for n in ("correct", "loss", "count"))
+    if not len(count):
+        return {}
+    names, tier = np.unique(tiers[tested], return_inverse=True)
+    by_tier = np.bincount(tier, correct) / np.bincount(tier, count)
+    return {
+        "acc_own": float(correct.sum() / count.sum()),
+        **_spread("acc_own", correct / count),
+        "acc_own_tier": dict(zip(names.tolist(), by_tier.tolist(), strict=True)),
+        "loss_own": float(loss.sum() / count.sum()),
     }
 
 
@@ -126,6 +178,7 @@ def round_record(
             "acc_global": evaluated.accuracy["global"],
             "loss_global": evaluated.loss["global"],
             "acc_tier": tiers,
+            **evaluated.own,
         }
     return record
 

@@ -241,7 +241,7 @@ def _is_text(values: Any) -> bool:
 # Summed over the rounds as total_<key>; of the others the last value says all.
 _COSTS = ("bytes_up", "bytes_down", "bytes_map", "flops", "sim_seconds", "energy_j")
 _TOTALS = (*_COSTS, "retries", "out_of_memory", "dropped", "late")
-_BEST = {"acc_global": max, "acc_local": max, "loss_global": min}
+_BEST = {"acc_global": max, "acc_local": max, "acc_own": max, "loss_global": min}
 
 
 def summarise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from subfleet.core import seeds
 from subfleet.core.algorithm import Cohort, Phase
 from subfleet.core.errors import InputError
+from subfleet.core.units import IndexMap
 from subfleet.datasets.federation import split_of
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.job import Job
@@ -79,6 +80,21 @@ class Roster:
         # has trained on those labels, and must not be tested on them.
         adapts = self._job.work.algorithm.evaluation.prepare is not None
         return pool, "all" if held and not adapts else "test"
+
+    def tiers_of(self, ids: np.ndarray) -> np.ndarray:
+        """The names of the clients' tiers."""
+        return np.array(self.tier_names)[self._job.fleet.tier_of[ids]]
+
+    def own_maps(
+        self, ids: np.ndarray, views: Mapping[str, IndexMap], results: Sequence[BundleResult]
+    ) -> list[IndexMap]:
+        """The clients' own sub-networks; what `results` report is newer than what is known."""
+        newest = {client: report for r in results for client, report in r.reports.items()}
+        own = self._job.work.algorithm.client_map
+        return [
+            own(views[tier], newest.get(client, self._reports.get(client)))
+            for client, tier in zip(ids.tolist(), self.tiers_of(ids).tolist(), strict=True)
+        ]
 
     def remember(
         self, round: int, bundles: Sequence[TrainBundle], results: Sequence[BundleResult]

@@ -7,7 +7,7 @@ It runs over any executor and knows nothing of Ray. The result is a function of
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -20,11 +20,11 @@ from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.core.program import ClientTask
+from subfleet.core.program import ClientTask, Params
 from subfleet.datasets.tables import Upcoming
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
-from subfleet.platform.bundles import BundleResult, TrainBundle
+from subfleet.platform.bundles import BundleResult, Own, TrainBundle
 from subfleet.platform.clock import PhaseClock
 from subfleet.platform.engine import SKIPPED, parts_needed
 from subfleet.platform.executor import Executor
@@ -225,7 +225,7 @@ class Rounds:
         with self.clock.phase("server"):
             state = self.algorithm.server_step(state, plan, reduced)
         trained_s = perf_counter() - started
-        evaluated = self._evaluate(round, state) if measured else None
+        evaluated = self._evaluate(round, state, bundles, results) if measured else None
         with self.clock.phase("metrics"):
             rows = client_columns(results, self.roster.tier_names, bytes_down(self.net, plan))
             coverage = coverage_counts(self.net, reduced)
@@ -354,10 +354,8 @@ class Rounds:
     ) -> None:
         self.roster.remember(round, bundles, results)
         if self.algorithm.keeps:
-            for bundle, result in zip(bundles, results, strict=True):
-                # A client that was left out keeps what it had.
-                kept = [i for i, tree in enumerate(result.kept) if tree is not None]
-                self.kept.write(bundle.ids[kept], [result.kept[i] for i in kept])
+            for ids, trees in _kept(bundles, results):
+                self.kept.write(ids, trees)
 
     # --- evaluation --------------------------------------------------------------------------
 
@@ -365,22 +363,40 @@ class Rounds:
         every = self.options.eval_every
         return round == self.options.rounds or (every > 0 and round % every == 0)
 
-    def _evaluate(self, round: int, state: State) -> Evaluated:
+    def _evaluate(
+        self,
+        round: int,
+        state: State,
+        trained: Sequence[TrainBundle],
+        results: Sequence[BundleResult],
+    ) -> Evaluated:
         with self.clock.phase("evaluate"):
             ids, part = self.roster.evaluated
             views = self.algorithm.views(state)
-            distinct = {map.key: map for map in views.values()}
-            macs = sum(self.net.cost(map).macs for map in distinct.values())
+            own: list[Own] = []
+            if self.algorithm.evaluation.own:
+                # The round is not written down yet: what it changed comes from its results.
+                kept = [None] * len(ids)
+                if self.algorithm.keeps:
+                    kept = self.kept.read_ahead(ids, _kept(trained, results))
+                own = [*map(Own, self.roster.own_maps(ids, views, results), kept)]
+            distinct = {map.key: map for map in (*views.values(), *(o.map for o in own))}
+            macs = {key: self.net.cost(map).macs for key, map in distinct.items()}
+            each = np.full(len(ids), sum(macs[key] for key in {m.key for m in views.values()}))
+            if own:
+                each += np.array([macs[o.map.key] for o in own])
             bundles = bundling.cut_evaluation(
                 ids,
                 self.job.federation.sizes(ids, part),
                 views,
-                macs / bundling.MACS_PER_SECOND,
+                each / bundling.MACS_PER_SECOND,
                 round=round,
                 part=part,
+                own=own,
             )
             shared = {0: self.algorithm.model(state)}
-            return Evaluated.merged(self.executor.run(bundles, shared), views)
+            found = self.executor.run(bundles, shared)
+            return Evaluated.merged(found, views, self.roster.tiers_of)
 
     # --- checkpoint and resume ---------------------------------------------------------------
 
@@ -429,3 +445,12 @@ class Rounds:
         self.mean_cost = found.state["mean_cost"]
         if self.algorithm.keeps:
             self.kept.restore(found.path / "kept")
+
+
+def _kept(
+    bundles: Sequence[TrainBundle], results: Sequence[BundleResult]
+) -> Iterator[tuple[np.ndarray, list[Params]]]:
+    """What clients are to keep, bundle by bundle: one that was left out keeps what it had."""
+    for bundle, result in zip(bundles, results, strict=True):
+        kept = [(i, tree) for i, tree in enumerate(result.kept) if tree is not None]
+        yield bundle.ids[[i for i, _ in kept]], [tree for _, tree in kept]

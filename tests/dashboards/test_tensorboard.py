@@ -17,6 +17,7 @@ def record(number):
     return values | {
         "round": number,
         "acc_tier": {"low": 0.25 * number, "high": 0.5},
+        "acc_own_tier": {"low": 0.75},
         "seconds": {"train": 1.0, "merge": 0.5},
         "sparsity": {"mean": 0.1},
         "loss_global": float("nan"),
@@ -44,6 +45,7 @@ def test_every_number_is_a_scalar(tmp_path):
     want = {c.tag for c in METRICS_COLUMNS if c.tag and not c.type.startswith("dict")}
     want -= {"loss/global"}  # not a number in these records
     want |= {"accuracy/tier/low", "accuracy/tier/high", "algorithm/sparsity/mean"}
+    want |= {"accuracy/own_tier/low"}
     want |= {"platform/seconds/train", "platform/seconds/merge"}
     assert {tag for tag in tags if not tag.startswith("final/")} == want
     got = [(e.step, e.value) for e in events.Scalars("accuracy/tier/low")]

@@ -176,3 +176,23 @@ def test_a_hundred_thousand_clients(tmp_path):
     assert time.perf_counter() - start < 20
     index = store._ids.nbytes + store._index.nbytes
     assert index <= 24 * 100_000
+
+
+def test_reading_ahead_is_what_reading_gives_after_the_writes(tmp_path):
+    """Rows of other clients are passed over, an empty bundle is no hindrance."""
+    store = KeptStore(tmp_path / "kept")
+    store.write([3, 5], [{"a": np.array([3.0])}, {"a": np.array([5.0])}])
+    unwritten = [
+        (np.array([9, 5]), [{"a": torch.tensor([9.0])}, {"b": torch.tensor([1, 2])}]),
+        (np.array([], np.int64), []),
+    ]
+    ids = [5, 3, 7]
+    ahead, before = store.read_ahead(ids, unwritten), store.read(ids)
+    assert _plain(before)[0] == {"a": [5.0]}  # nothing was written
+    for clients, trees in unwritten:
+        store.write(clients, trees)
+    assert _plain(ahead) == _plain(store.read(ids)) == [{"b": [1, 2]}, {"a": [3.0]}, None]
+
+
+def _plain(rows):
+    return [row and {name: leaf.tolist() for name, leaf in row.items()} for row in rows]
