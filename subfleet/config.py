@@ -278,6 +278,13 @@ class RunTable(Table):
     eval_clients: Count = Field(
         default=1000, ge=0, description="set the most clients to evaluate on; 0 is all"
     )
+    held_out: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="set the share of the clients that never train and only measure, such as 0.2; "
+        "with 0 those that train are measured on their test rows",
+    )
     checkpoint_every: int = Field(
         default=10, ge=0, description="set the rounds between checkpoints; 0 is only after the last"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from subfleet.config import Experiment, RunTable
 from subfleet.core.program import LossProgram
-from subfleet.datasets.federation import split_of
 from subfleet.platform.job import Job
 from subfleet.platform.record import possible
 
@@ -51,7 +50,7 @@ def _of_the_cohort(experiment: Experiment, job: Job) -> list[str]:
             f"run.cohort = {experiment.run.cohort} has no effect: {experiment.algorithm.name} "
             "trains on one pool of all training clients' rows"
         )
-    held_out = len(split_of(job.federation, experiment.run.seed)[1])
+    held_out = len(job.split[1])
     wanted = experiment.run.eval_clients
     if held_out and wanted > held_out and wanted != RunTable().eval_clients:
         doubts.append(

@@ -20,7 +20,6 @@ from subfleet.core.budget import width_map
 from subfleet.core.errors import InputError, did_you_mean
 from subfleet.core.program import Params
 from subfleet.core.units import IndexMap
-from subfleet.datasets.federation import split_of
 from subfleet.platform import evaluation
 from subfleet.platform.kept import KeptStore, Row
 from subfleet.platform.metrics import read_metrics
@@ -212,7 +211,7 @@ def _calibration_rows(run: TrainedRun, target: Target, most: int) -> tuple[np.nd
     fleet, seed = run.job.fleet, run.job.work.seed
     if target.kind == "client":
         return _rows(run, _one(target), "train", most)[0], f"client {target.value}"
-    ids, whose = split_of(run.job.federation, seed)[0], "the training clients"
+    ids, whose = run.job.split[0], "the training clients"
     if target.kind == "tier":
         names = [tier.name for tier in fleet.tiers]
         of_tier = ids[fleet.tier_of[ids] == names.index(str(target.value))]

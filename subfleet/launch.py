@@ -108,7 +108,7 @@ def assemble(
     if algorithm.pools:
         options["cohort"] = 1
         if isinstance(federation, Federation):  # without its rows it is remembered as pooled
-            federation = Pooled(federation, split_of(federation, seed)[0])
+            federation = Pooled(federation, split_of(federation, seed, experiment.run.held_out)[0])
     facts = identity(federation)
     start = None
     if (former := experiment.run.start_from) is not None:

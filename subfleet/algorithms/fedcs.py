@@ -159,10 +159,14 @@ class FedCS(PartialAveraging):
             found["warm-up"] = warm
         if search:
             found["search"] = found.get("warm-up", 0) + 1
-        return found | {self.phases[-1]: self.setting.rounds}
+        found[self.phases[-1]] = self.setting.rounds
+        return found
 
     def _phase_of(self, round: int) -> PhaseName:
-        return next((name for name, last in self._ends.items() if round <= last), self.phases[-1])
+        for name, last in self._ends.items():
+            if round <= last:
+                return name
+        return self.phases[-1]
 
     def doubts(self) -> tuple[str, ...]:
         """Phases that the run ends before."""

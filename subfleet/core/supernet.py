@@ -8,11 +8,14 @@ small modules whose tensors have the super-network's names.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from subfleet.core import cost as costs
 from subfleet.core import seeds
@@ -102,7 +105,8 @@ class SuperNetwork:
         """
         map = IndexMap.full() if map is None else map
         self.space.validate(map)
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        drawn = _Undrawn() if device == "meta" else nullcontext()
+        with torch.random.fork_rng(devices=[]), torch.device(device), drawn:
             return drop_counters(self.build(self.space.counts_by_group(map)))
 
     def example(self, batch: int = 1, *, device: str = "cpu") -> Tensor:
@@ -134,6 +138,22 @@ class SuperNetwork:
     def wire_bytes(self, map: IndexMap, policy: StatisticsPolicy = "indexed_mean") -> WireBytes:
         """Bytes of one message, for the tensors and for the map."""
         return costs.wire_bytes(self.space, map, statistics=self.statistics, policy=policy)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it initialisations draw nothing: without storage there is nothing to fill.
+
+    So a module may be built where a draw is forbidden, as in a step mapped over clients.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {})["tensor"] if not args else args[0]
+        if getattr(func, "__name__", "") in {"uniform_", "normal_", "trunc_normal_"}:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 DRAWS = "_draws_in_training"

@@ -187,9 +187,11 @@ def split_clients(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def split_of(federation: Federation, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_of(
+    federation: Federation, seed: int, held_out: float = 0.2
+) -> tuple[np.ndarray, np.ndarray]:
     """As `split_clients`, unless the data say themselves who is held out: their `held_out`."""
     held = getattr(federation, "held_out", None)
     if held is None:
-        return split_clients(seed, federation.num_clients)
+        return split_clients(seed, federation.num_clients, held_out)
     return np.setdiff1d(np.arange(federation.num_clients), held), np.asarray(held, np.int64)

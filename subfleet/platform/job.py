@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation, split_of
@@ -24,6 +27,7 @@ class RunOptions:
     compile: bool = False
     eval_every: int = 5
     eval_clients: int = 1000
+    held_out: float = 0.2
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
     target_accuracy: float | None = None
@@ -52,11 +56,16 @@ class Job:
         stored = bool(getattr(self.federation, "stored", False))
         return stored if self.options.stream is None else self.options.stream
 
+    @cached_property
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the clients that train, and of those held out to measure."""
+        return split_of(self.federation, self.work.seed, self.options.held_out)
+
     def __post_init__(self) -> None:
-        training = len(split_of(self.federation, self.work.seed)[0])
+        training, held = map(len, self.split)
         if self.options.cohort > training:
             raise InputError(
                 f"run.cohort={self.options.cohort} is more than the {training} clients that train "
-                f"(of {self.federation.num_clients}, a fifth is held out to measure); "
+                f"({held} of {self.federation.num_clients} are held out to measure); "
                 f"set it to at most {training}"
             )

@@ -9,7 +9,7 @@ a host never chooses.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -105,10 +105,18 @@ class EngineRecord:
             index.setdefault((choice.variant, choice.device), []).append(choice)
         object.__setattr__(self, "_index", index)
 
-    def at(self, variant: str, device: str, round: int) -> Choice | None:
-        """The choice for a variant on a device in a round; None where nothing holds yet."""
+    def at(
+        self, variant: str, device: str, round: int, alike: Callable[[int], bool] | None = None
+    ) -> Choice | None:
+        """The choice for a variant on a device in a round; None where nothing holds yet.
+
+        With `alike` only what was chosen in rounds counts that are alike: of one phase, say.
+        """
         held = [c for c in self._index.get((variant, device), ()) if c.from_round <= round]
-        return held[-1] if held else None
+        for choice in reversed(held):
+            if alike is None or alike(choice.from_round):
+                return choice
+        return None
 
     def begins_with(self, other: EngineRecord) -> bool:
         """Whether `other` is this record as it once was: it only ever grows at its end."""

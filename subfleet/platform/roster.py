@@ -12,7 +12,6 @@ from subfleet.core import seeds
 from subfleet.core.algorithm import Cohort, Phase
 from subfleet.core.errors import InputError
 from subfleet.core.units import IndexMap
-from subfleet.datasets.federation import split_of
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.job import Job
 
@@ -23,7 +22,7 @@ class Roster:
     def __init__(self, job: Job):
         self._job = job
         self._seed = job.work.seed
-        self._train_ids, self._held_out = split_of(job.federation, self._seed)
+        self._train_ids, self._held_out = job.split
         self._last_round = np.full(job.federation.num_clients, -1, np.int32)
         self._reports = dict(job.start.reports) if job.start is not None else {}
 

@@ -20,7 +20,7 @@ from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.core.program import ClientTask, Params
+from subfleet.core.program import ClientTask, Params, RunProgram
 from subfleet.datasets.tables import Upcoming
 from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
@@ -263,6 +263,8 @@ class Rounds:
     ) -> list[TrainBundle]:
         choices = self.tuner.choices(phase, plan, round)
         per = self.options.bundle_clients
+        if not per and isinstance(phase.program, RunProgram):
+            per = 1  # a search takes seconds or minutes, and returns no sum
         number = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
         macs = {key: self.net.cost(map).macs for key, map in maps.items()}

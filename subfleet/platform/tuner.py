@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,15 @@ class Tuner:
         self._aside = Aside(job.work, job.federation, executor.device)
         self._compiling: dict[str, Future[list[float]]] = {}
         self._files = cache_folder() / "trials"
+        self._phase_name = lru_cache(lambda round: job.work.algorithm.phase(round).name)
 
     def choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
         """How each variant of a plan is computed; written down before it is sent out."""
-        device, ways = self.executor.device, possible(self.net, phase.program)
+        ways = possible(self.net, phase.program)
         tasks: dict[str, list[ClientTask]] = {}
         for task in plan.tasks:
             tasks.setdefault(variant_name(task.variant), []).append(task)
-        held = {name: self.record.at(name, device, round) for name in sorted(tasks)}
+        held = {name: self._held(name, round) for name in sorted(tasks)}
         for name, choice in held.items():
             if choice is not None and choice.way not in ways:
                 raise InputError(
@@ -98,7 +100,9 @@ class Tuner:
         """
         told = []
         for name in [name for name, trial in self._compiling.items() if trial.done()]:
-            trial, choice = self._compiling.pop(name), self._at(name, round)
+            trial, choice = self._compiling.pop(name), self._held(name, round)
+            if choice is None:  # its phase is over
+                continue
             if (error := trial.exception()) is not None:
                 told.append(f"engine: {name} is not compiled: {error}")
                 continue
@@ -130,8 +134,15 @@ class Tuner:
         less = replace(choice, side_by_side=half, compiled=False, from_round=round, reason=why)
         self._extend([less])
 
+    def _held(self, variant: str, round: int) -> Choice | None:
+        """What was chosen in a round of the same phase: other phases compute something else."""
+        phase = self._phase_name(round)
+        return self.record.at(
+            variant, self.executor.device, round, lambda other: self._phase_name(other) == phase
+        )
+
     def _at(self, variant: str, round: int) -> Choice:
-        choice = self.record.at(variant, self.executor.device, round)
+        choice = self._held(variant, round)
         assert choice is not None
         return choice
 
