@@ -51,6 +51,7 @@ from adds_numbers import (
     TITLES,
 )
 from adds_rate import fitted
+from arguments import chosen, jobs, minutes, tried
 from common import Row, Table
 from measured import Results
 
@@ -222,8 +223,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         help="train and hold out among what neither the page's seeds nor --seeds measure on",
     )
     add("--cache", type=Path, help="where cells are kept; cells/adds-SCALE by default")
-    add("--jobs", type=_jobs, help="cells at a time, a core each; 0: one by one on Ray")
-    add("--minutes", type=_minutes, default=90.0, help="no cell begins that would end later")
+    add("--jobs", type=jobs, help="cells at a time, a core each; 0: one by one on Ray")
+    add("--minutes", type=minutes, default=90.0, help="no cell begins that would end later")
     add("--page-only", action="store_true", help="write the page of finished cells, run none")
     add("--out", type=Path, help="the page, figures beside it; of a part of it CACHE/part.md")
     add("--json", help="a file for all figures; - prints them")
@@ -241,31 +242,15 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         options.seeds = parse_seeds(options.seeds)
     except InputError as error:
         arguments.error(str(error))
-    options.tables = _chosen(
+    options.tables = chosen(
         arguments, "--tables", options.tables, tuple(SMALL) if small else tuple(SETS)
     )
-    options.rows = _chosen(arguments, "--rows", options.rows, tuple(TITLES))
+    options.rows = chosen(arguments, "--rows", options.rows, tuple(TITLES))
     options.cache = options.cache or Path("cells") / f"adds-{options.scale}"
-    options.tries = [_tried(arguments, text) for text in options.tries]
+    options.tries = [tried(arguments, text, tuple(TITLES)) for text in options.tries]
     if options.out is None:
         options.out = _page(options)
     return options
-
-
-def _jobs(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
-    return int(text)
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0; give e.g. 90")
-    return value
 
 
 def _page(options: argparse.Namespace) -> Path:
@@ -276,24 +261,6 @@ def _page(options: argparse.Namespace) -> Path:
         return options.cache / "part.md"
     name = "adds.md" if options.scale == "small" else "adds-paper.md"
     return ROOT / "docs" / "results" / name
-
-
-def _tried(arguments: argparse.ArgumentParser, text: str) -> tuple[str, list[str]]:
-    row, _, words = text.partition(":")
-    if row not in TITLES or "=" not in words:
-        arguments.error(f"--try {text}: not of the form ROW:KEY=VALUE, such as stc:p_up=0.01")
-    return row, words.split(",")
-
-
-def _chosen(
-    arguments: argparse.ArgumentParser, option: str, given: str | None, known: Sequence[str]
-) -> list[str] | None:
-    if given is None:
-        return None
-    chosen = given.split(",")
-    if wrong := [one for one in chosen if one not in known]:
-        arguments.error(f"{option}: {wrong[0]!r} is none of {', '.join(known)}")
-    return chosen
 
 
 if __name__ == "__main__":

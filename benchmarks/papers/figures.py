@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from correlation import correlation
@@ -36,13 +36,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _saved(figure: object, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure as a small PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, format="png", metadata={"Software": "subfleet"})  # type: ignore[attr-defined]
+    figure.savefig(path, dpi=90, format="png", metadata={"Software": "subfleet"})
     return path
 
 
-def _panels(number: int, columns: int, size: tuple[float, float]) -> tuple[object, list[Axes]]:
+def panelled(number: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Axes]]:
+    """A figure of so many panels, so many side by side, each of `size` in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -65,7 +67,7 @@ def local_histograms(results: Results, path: Path) -> Path | None:
     lines = [line for line in results.lines if not line.finished[0].pooled]
     if not lines:
         return None
-    figure, panels = _panels(len(lines), 4, (2.4, 2.0))
+    figure, panels = panelled(len(lines), 4, (2.4, 2.0))
     for axes, line in zip(panels, lines, strict=True):
         own = 100 * np.concatenate([one.clients.acc_local for one in line.finished])
         axes.hist(own, bins=list(range(0, 101, 5)), density=True, color=BLUE, alpha=0.5)
@@ -73,8 +75,8 @@ def local_histograms(results: Results, path: Path) -> Path | None:
         axes.plot(grid, density(own, grid), color="#000000", linewidth=1)
         axes.axvline(float(own.mean()), color=ORANGE, linestyle="--")
         axes.set_title(f"{line.row.title}: {own.mean():.1f}", fontsize=9)
-    figure.supxlabel("a client's own accuracy, percent; dashed: mean", fontsize=9)  # type: ignore[attr-defined]
-    return _saved(figure, path)
+    figure.supxlabel("a client's own accuracy, percent; dashed: mean", fontsize=9)
+    return save(figure, path)
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -94,7 +96,7 @@ class Points(NamedTuple):
 
 def scatter(panels: Mapping[str, Points], path: Path, *, x: str, y: str, colour: str) -> Path:
     """Points, a panel each title, with the straight line of least squares and its correlation."""
-    figure, all_axes = _panels(len(panels), 3, (3.4, 2.8))
+    figure, all_axes = panelled(len(panels), 3, (3.4, 2.8))
     every = np.concatenate([points.colour for points in panels.values()])
     drawn = None
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
@@ -109,15 +111,15 @@ def scatter(panels: Mapping[str, Points], path: Path, *, x: str, y: str, colour:
             line = np.polyval(np.polyfit(points.x, points.y, 1), ends)
             axes.plot(ends, line, color=ORANGE, linestyle="--")
         axes.set_title(f"{title}: r = {r:.2f}", fontsize=9)
-    figure.colorbar(drawn, ax=all_axes, label=colour)  # type: ignore[attr-defined]
-    figure.supxlabel(x, fontsize=9)  # type: ignore[attr-defined]
-    figure.supylabel(y, fontsize=9)  # type: ignore[attr-defined]
-    return _saved(figure, path)
+    figure.colorbar(drawn, ax=all_axes, label=colour)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    return save(figure, path)
 
 
 def keep_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
     """Of each unit group how much of it clients keep: boxes over clients, a panel each title."""
-    figure, all_axes = _panels(len(panels), 3, (3.4, 2.8))
+    figure, all_axes = panelled(len(panels), 3, (3.4, 2.8))
     for axes, (title, groups) in zip(all_axes, panels.items(), strict=True):
         style = {"color": BLUE}
         axes.boxplot(
@@ -132,5 +134,5 @@ def keep_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         axes.tick_params(axis="x", labelsize=8)
         axes.set_ylim(0, 1.02)
         axes.set_title(title, fontsize=9)
-    figure.supylabel("share of units kept", fontsize=9)  # type: ignore[attr-defined]
-    return _saved(figure, path)
+    figure.supylabel("share of units kept", fontsize=9)
+    return save(figure, path)
