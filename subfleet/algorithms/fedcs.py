@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 from subfleet.algorithms.local import PartialAveraging, tasks
 from subfleet.algorithms.sandwich import Sandwich
+from subfleet.algorithms.search import ChannelSearch
 from subfleet.core.algorithm import (
     FULL,
     Cohort,
@@ -26,9 +23,9 @@ from subfleet.core.algorithm import (
 )
 from subfleet.core.errors import InputError
 from subfleet.core.masks import refuse_joint_norms
-from subfleet.core.program import ClientResult, ClientTask, LocalRule, RunContext, RunProgram
-from subfleet.core.pruning import Criterion, Score, Shrinking, Step, prune
-from subfleet.core.trials import Statistics, Trials
+from subfleet.core.program import ClientTask, LocalRule, RunProgram
+from subfleet.core.pruning import Criterion
+from subfleet.core.trials import Statistics
 from subfleet.core.units import IndexMap
 
 PhaseName = Literal["warm-up", "search", "train"]
@@ -106,8 +103,7 @@ class FedCS(PartialAveraging):
             )
         if "search" in self.phases:
             refuse_joint_norms(self.setting.net, "the search")
-            for tier in self.setting.tiers:
-                self._check_reachable(tier)
+            self._search.check()
 
     def _check_options(self) -> None:
         open_shares = {"shrink": self.shrink, "narrowest": self.narrowest}
@@ -135,17 +131,6 @@ class FedCS(PartialAveraging):
                     f"algorithm.{name}={getattr(self, name)} is below {least}; "
                     f"give {getattr(type(self), name)}, say"
                 )
-
-    def _check_reachable(self, tier: TierSize) -> None:
-        net, budget = self.setting.net, tier.budget(self.setting.net)
-        least = net.cost(IndexMap.prefix(self._shrinking.floors))
-        if not budget.feasible(least):
-            raise InputError(
-                f"tier {tier.name!r}: its budget {budget} is below the smallest sub-network that "
-                f"the search may reach, which takes flops={least.macs:,} and "
-                f"params={least.params:,}; raise the budget, or lower algorithm.min_units="
-                f"{self.min_units} or algorithm.min_share={self.min_share}"
-            )
 
     # --- phases --------------------------------------------------------------------------
 
@@ -188,7 +173,7 @@ class FedCS(PartialAveraging):
         if name == "search":
             return Phase(
                 name,
-                RunProgram(self._search),
+                RunProgram(self._search.run),
                 reduction="collect",
                 fraction=self.searchers,
             )
@@ -206,6 +191,21 @@ class FedCS(PartialAveraging):
             mixed=self.mixed,
         )
         return Phase(name, sandwich.program(self.setting.stream), eligible=self._rich)
+
+    @cached_property
+    def _search(self) -> ChannelSearch:
+        return ChannelSearch(
+            net=self.setting.net,
+            tiers=self.setting.tiers,
+            shrink=self.shrink,
+            multiple=self.multiple,
+            min_units=self.min_units,
+            min_share=self.min_share,
+            samples=self.samples,
+            statistics=self.search_statistics,
+            criterion=self.criterion,
+            lazy=self.lazy,
+        )
 
     def _rule(self, name: PhaseName, round: int) -> LocalRule:
         """The local rule of a round, by the schedule of its own phase."""
@@ -269,86 +269,6 @@ class FedCS(PartialAveraging):
         """FedPA; a search leaves the super-network as it is."""
         return state if isinstance(reduced, list) else super().server_step(state, plan, reduced)
 
-    # --- the search ----------------------------------------------------------------------
-
-    @cached_property
-    def _shrinking(self) -> Shrinking:
-        net = self.setting.net
-        floors = {
-            g: min(
-                net.space.size(g),
-                max(self.min_units, math.ceil(self.min_share * net.space.size(g))),
-            )
-            for g in net.elastic
-        }
-        return Shrinking(self.shrink, floors, self.multiple)
-
-    def _search(self, context: RunContext) -> ClientResult:
-        """One client's search; what it found is its report, how it went its trace."""
-        net, tier = self.setting.net, self.setting.tiers[context.task.tier]
-        units = {group: net.space.size(group) for group in net.elastic}
-        trial = _Scorer(self, context)
-        try:
-            units, steps = prune(
-                units,
-                self._shrinking,
-                tier.budget(net),
-                lambda kept: net.cost(IndexMap.prefix(kept)),
-                trial,
-                self.criterion,
-                lazy=self.lazy,
-            )
-        except InputError as error:
-            raise InputError(
-                f"client {context.task.client} of tier {tier.name!r}: {error}"
-            ) from error
-        return ClientResult(
-            update={},
-            report={"units": list(units.values())},
-            wire_bytes=2 * len(units),
-            trace=_trace(steps),
-        )
-
-
-class _Scorer:
-    """Scores candidates on some of a client's training rows, the same for all its search."""
-
-    def __init__(self, algorithm: FedCS, context: RunContext):
-        self._algorithm, self._context = algorithm, context
-
-    def __call__(self, units: Mapping[str, int], group: str, fewer: int) -> Score:
-        return self._blind if self._trials is None else self._trials(units, group, fewer)
-
-    _blind = Score(0.0, 0.0)  # all are equal, so that the savings decide
-
-    @cached_property
-    def _trials(self) -> Trials | None:
-        """None where a single row is no batch to take statistics of."""
-        x, y = self._context.data("train")
-        if len(y) < 2 and self._context.supernet.statistics:
-            return None
-        draw = self._context.generator("rows of the search")
-        rows = np.sort(draw.permutation(len(y))[: self._algorithm.samples])
-        return Trials(
-            self._context.supernet,
-            self._context.params,
-            x[rows],
-            y[rows],
-            self._algorithm.search_statistics,
-        )
-
 
 def _found(report: dict[str, Any] | None) -> bool:
     return report is not None and "units" in report
-
-
-def _trace(steps: list[Step]) -> dict[str, list[Any]]:
-    return {
-        "step": list(range(1, len(steps) + 1)),
-        "group": [step.group for step in steps],
-        "units": [step.units for step in steps],
-        "accuracy": [step.score.accuracy for step in steps],
-        "loss": [step.score.loss for step in steps],
-        "flops": [step.cost.macs for step in steps],
-        "params": [step.cost.params for step in steps],
-    }

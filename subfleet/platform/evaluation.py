@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from subfleet.core import calibration
 from subfleet.core.algorithm import Evaluation
 from subfleet.core.program import Params
 from subfleet.core.scaling import Scaling
@@ -18,7 +19,6 @@ from subfleet.platform.chunks import Chunk, Rows
 from subfleet.platform.resident import Resident
 
 BATCH = 256
-_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def run(
@@ -79,21 +79,11 @@ def rows_of(block: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
     return block.x[first:last], block.y[first:last]
 
 
-@torch.no_grad()
 def calibrate(resident: Resident, x: np.ndarray, how: Evaluation, scale: Scaling) -> None:
     """Re-estimates BatchNorm statistics as plain means over up to `how.calibrate` batches."""
-    norms = [m for m in resident.module.modules() if isinstance(m, _BatchNorm)]
-    usual = [norm.momentum for norm in norms]
-    resident.module.eval()  # no dropout: its draws would differ from host to host
-    for norm in norms:
-        norm.train()
     batches = [x[i : i + how.batch] for i in range(0, len(x), how.batch)][: how.calibrate]
-    for seen, rows in enumerate(b for b in batches if len(b) > 1):
-        for norm in norms:
-            norm.momentum = 1.0 / (seen + 1)  # running <- running + (batch - running) / n
-        resident(resident.params, resident.images(torch.as_tensor(rows), scale))
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
+    rows = (resident.images(torch.as_tensor(batch), scale) for batch in batches)
+    calibration.calibrate(resident.module, rows)
 
 
 @torch.no_grad()

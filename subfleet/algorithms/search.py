@@ -1,0 +1,127 @@
+"""A client's search for the sub-network that fits it: FedCS's local channel pruning.
+
+"Architecture Personalization in Resource-constrained Federated Learning", Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from subfleet.core.algorithm import TierSize
+from subfleet.core.errors import InputError
+from subfleet.core.maps import IndexMap
+from subfleet.core.program import ClientResult, RunContext
+from subfleet.core.pruning import Criterion, Score, Shrinking, Step, prune
+from subfleet.core.supernet import SuperNetwork
+from subfleet.core.trials import Statistics, Trials
+
+BLIND = Score(0.0, 0.0)  # of a client that cannot measure: all are equal, the savings decide
+
+
+@dataclass(frozen=True)
+class ChannelSearch:
+    """Shrinks one group of channels after the other until the client's budget holds.
+
+    Candidates are scored on up to `samples` of the client's training rows, the same for the
+    whole search, by a forward pass each. A client of a single row, of which BatchNorm has no
+    statistics, goes by the costs alone. Its report is {"units": units of each elastic group},
+    its trace has a row for each step.
+    """
+
+    net: SuperNetwork
+    tiers: tuple[TierSize, ...]
+    shrink: float
+    multiple: int
+    min_units: int
+    min_share: float
+    samples: int
+    statistics: Statistics
+    criterion: Criterion
+    lazy: bool
+
+    @cached_property
+    def shrinking(self) -> Shrinking:
+        """The rule of a step, and how far each group may shrink."""
+        floors = {
+            group: min(size, max(self.min_units, math.ceil(self.min_share * size)))
+            for group in self.net.elastic
+            if (size := self.net.space.size(group))
+        }
+        return Shrinking(self.shrink, floors, self.multiple)
+
+    def check(self) -> None:
+        """`InputError` for a tier whose budget no search can reach, naming tier, budget, cost."""
+        least = self.net.cost(IndexMap.prefix(self.shrinking.floors))
+        for tier in self.tiers:
+            budget = tier.budget(self.net)
+            if not budget.feasible(least):
+                raise InputError(
+                    f"tier {tier.name!r}: its budget {budget} is below the smallest sub-network "
+                    f"that the search may reach, which takes flops={least.macs:,} and "
+                    f"params={least.params:,}; raise the budget, or lower algorithm.min_units="
+                    f"{self.min_units} or algorithm.min_share={self.min_share}"
+                )
+
+    def run(self, context: RunContext) -> ClientResult:
+        """One client's search, from the whole network on."""
+        net, tier = self.net, self.tiers[context.task.tier]
+        scorer = _Scorer(self, context)
+        try:
+            units, steps = prune(
+                {group: net.space.size(group) for group in net.elastic},
+                self.shrinking,
+                tier.budget(net),
+                lambda kept: net.cost(IndexMap.prefix(kept)),
+                scorer,
+                self.criterion,
+                lazy=self.lazy,
+            )
+        except InputError as error:
+            raise InputError(
+                f"client {context.task.client}, tier {tier.name!r}: {error}"
+            ) from error
+        return ClientResult(
+            update={},
+            report={"units": list(units.values())},
+            wire_bytes=2 * len(units),  # a uint16 for each group
+            trace=_trace(steps),
+        )
+
+
+class _Scorer:
+    """Scores candidates on a client's rows, which are read at the first one."""
+
+    def __init__(self, search: ChannelSearch, context: RunContext):
+        self._search, self._context = search, context
+
+    def __call__(self, units: Mapping[str, int], group: str, fewer: int) -> Score:
+        return BLIND if self._trials is None else self._trials(units, group, fewer)
+
+    @cached_property
+    def _trials(self) -> Trials | None:
+        x, y = self._context.data("train")
+        if len(y) < 2 and self._search.net.statistics:
+            return None
+        draw = self._context.generator("rows of the search")
+        rows = np.sort(draw.permutation(len(y))[: self._search.samples])
+        return Trials(
+            self._search.net, self._context.params, x[rows], y[rows], self._search.statistics
+        )
+
+
+def _trace(steps: Sequence[Step]) -> dict[str, list[Any]]:
+    return {
+        "step": list(range(1, len(steps) + 1)),
+        "group": [step.group for step in steps],
+        "units": [step.units for step in steps],
+        "accuracy": [step.score.accuracy for step in steps],
+        "loss": [step.score.loss for step in steps],
+        "flops": [step.cost.macs for step in steps],
+        "params": [step.cost.params for step in steps],
+    }
