@@ -91,6 +91,7 @@ class ChannelSearch:
             report={"units": list(units.values())},
             wire_bytes=2 * len(units),  # a uint16 for each group
             trace=_trace(steps),
+            flops=scorer.flops,
         )
 
 
@@ -102,6 +103,12 @@ class _Scorer:
 
     def __call__(self, units: Mapping[str, int], group: str, fewer: int) -> Score:
         return BLIND if self._trials is None else self._trials(units, group, fewer)
+
+    @property
+    def flops(self) -> float:
+        """Forward passes of the candidates; none where none was scored."""
+        trials = self.__dict__.get("_trials")
+        return 0.0 if trials is None else trials.flops
 
     @cached_property
     def _trials(self) -> Trials | None:

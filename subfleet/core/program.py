@@ -223,7 +223,8 @@ class ClientResult:
     it trained (a personal model; what is left of a network that it cut itself).
     `trace` is what the client writes about its own work, for people: named columns of one
     length, of numbers or of strings, such as `{"step": [0, 1], "accuracy": [0.3, 0.4]}`.
-    The run folder keeps it; nothing that the run computes depends on it.
+    The run folder keeps it; nothing that the run computes depends on it. `flops` are given
+    where the work was not steps of training: what it is charged for.
     """
 
     update: Params
@@ -234,6 +235,7 @@ class ClientResult:
     wire_bytes: int | None = None
     local: Params | None = None
     trace: Mapping[str, Sequence[Any] | np.ndarray] | None = None
+    flops: float | None = None
 
 
 @dataclass(frozen=True)

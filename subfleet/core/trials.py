@@ -52,6 +52,7 @@ class Trials:
         self._x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         self._reads = readers(net)
         self._units: dict[str, int] | None = None  # of the sub-network that is built
+        self.flops = 0.0  # of all passes so far, as if each were a whole one
 
     def score(self, units: Mapping[str, int]) -> Score:
         """The score of the sub-network that has the first `units[g]` units of each group."""
@@ -82,6 +83,7 @@ class Trials:
         self._space = self._net.space.within(map)
         self._stages = list(_stages(module))
         self._inputs = [self._x]
+        self._macs = self._net.cost(map).macs
         if self._statistics == "batch":
             go_by_the_batch(module)
             with torch.no_grad():
@@ -118,7 +120,9 @@ class Trials:
 
     @torch.no_grad()
     def _scored(self, first: int) -> Score:
+        self.flops += float(self._macs * len(self._y))
         if self._statistics == "calibrated":
+            self.flops += float(self._macs * min(len(self._y), 2 * CALIBRATION_ROWS))
             calibrate(self._module, self._x.split(CALIBRATION_ROWS)[:2])
             scores = self._module(self._x)
         else:

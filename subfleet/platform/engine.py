@@ -327,6 +327,7 @@ class _Tally:
         params, macs, map_bytes = self._cost(map)
         # What it trained, which may be more than what it returns.
         trained_macs = macs if map is task.map else self._cost(task.map)[1]
+        flops = float(BACKWARD * trained_macs * trained.rows * passes(self.program))
         sent = 4 * sum(value.numel() for value in result.update.values())
         if healthy:
             if self.update is not None:
@@ -352,7 +353,7 @@ class _Tally:
                 "seconds": seconds,
                 "params": params,
                 "macs": macs,
-                "flops": float(BACKWARD * trained_macs * trained.rows * passes(self.program)),
+                "flops": flops if result.flops is None else float(result.flops),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 # What an algorithm encodes itself has no map but its own.
                 "bytes_map": map_bytes if result.wire_bytes is None else 0,
