@@ -23,7 +23,9 @@ from subfleet.platform import kernels, layers
 from subfleet.platform.record import Choice
 from subfleet.platform.traces import Traces
 
-PARTS = 256  # sub-networks kept by each resident; training that draws widths draws many
+PARTS = (
+    64  # sub-networks kept by each resident: those of a round of some thirty steps that draw two
+)
 
 
 class Resident:
