@@ -101,15 +101,23 @@ def coverage(params: Mapping[str, Tensor], masks: Masks, space: Space) -> dict[s
     return found
 
 
-def refuse_joint_norms(net: SuperNetwork, who: str) -> None:
-    """`InputError` where a norm takes its mean over several channels, dropped ones included."""
+def joint_norm(net: SuperNetwork) -> tuple[str, nn.Module] | None:
+    """The first norm that takes its mean over several channels, dropped ones included."""
     for name, layer in net.module(device="meta").named_modules():
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            raise InputError(
-                f"model {net.name!r}, layer {name!r}: {type(layer).__name__} takes its mean over "
-                f"several channels, so that {who} cannot drop some by a mask; use BatchNorm "
-                '(norm = "batch") or no norm'
-            )
+            return name, layer
+    return None
+
+
+def refuse_joint_norms(net: SuperNetwork, who: str) -> None:
+    """`InputError` where there is a `joint_norm`: there a mask is not a slice."""
+    if (found := joint_norm(net)) is not None:
+        name, layer = found
+        raise InputError(
+            f"model {net.name!r}, layer {name!r}: {type(layer).__name__} takes its mean over "
+            f"several channels, so that {who} cannot drop some by a mask; use BatchNorm "
+            '(norm = "batch") or no norm'
+        )
 
 
 _ALL = IndexMap.full()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,11 +20,8 @@ from subfleet.core.units import IndexMap
 from subfleet.core.watching import Passed, watched
 from subfleet.platform import kernels, layers
 from subfleet.platform.record import Choice
+from subfleet.platform.slimmed import Slimmed
 from subfleet.platform.traces import Traces
-
-PARTS = (
-    64  # sub-networks kept by each resident: those of a round of some thirty steps that draw two
-)
 
 
 class Resident:
@@ -59,9 +55,7 @@ class Resident:
         # Buffers outside the super-network's tensors are constants, such as frozen word vectors.
         buffers = module.named_buffers()
         self.statistics = {n: b for n, b in buffers if n in net.space.axes}
-        self._constants = {n: b for n, b in module.named_buffers() if n not in net.space.axes}
-        self._net, self._map, self._space = net, map, net.space.within(map)
-        self._parts: OrderedDict[bytes, nn.Module] = OrderedDict()  # on "meta": without storage
+        self._slimmed = Slimmed(net, map, module, self.step)
         self.params: Params = {**self.trainable, **self.statistics}
         fresh = net.fresh_statistics(map)  # of a client that saw no data yet
         self.fresh: Params = {name: value.to(self.device) for name, value in fresh.items()}
@@ -81,26 +75,14 @@ class Resident:
 
     def at(self, units: Mapping[str, int]) -> Callable[[Params, Tensor], Tensor]:
         """The sub-network of the first `units[g]` units of each group: `at(units)(params, x)`."""
-        map = IndexMap.prefix(units)
-        if map.key not in self._parts:
-            whole = IndexMap(dict(self._map.kept) | dict(map.kept))
-            module = self._net.module(whole, device="meta")
-            layers.adopt(module, self.step)
-            for layer in module.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.track_running_stats = False
-            self._parts[map.key] = module
-            if len(self._parts) > PARTS:
-                self._parts.popitem(last=False)
-        return partial(self._part, self._parts[map.key], map)
+        return partial(self._part, units)
 
-    def _part(self, module: nn.Module, map: IndexMap, params: Params, x: Tensor) -> Tensor:
+    def _part(self, units: Mapping[str, int], params: Params, x: Tensor) -> Tensor:
         weights = {name: value for name, value in params.items() if name in self.trainable}
-        own = self._space.extract(weights, map) | self._constants
         if self.channels_last:
-            own = {name: _told_apart(value) for name, value in own.items()}
+            weights = {name: _told_apart(value) for name, value in weights.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts):
-            return functional_call(module, own, (x,)).float()
+            return self._slimmed.run(units, weights, x).float()
 
     def gradient(
         self, of: Callable[[Params], tuple[Tensor, Any]], at: Params
