@@ -123,6 +123,19 @@ def test_uniform_sub_networks_are_rounded_by_the_models_own_divisor() -> None:
     assert uniform_map(net, 0.5) != width_map(net, 0.5)
 
 
+def test_uniform_sub_networks_whose_stages_become_equally_wide() -> None:
+    """At x 0.25 the first two stages have 8 channels each, where the whole has 16 and 24.
+
+    A model of that width would add the one to the other; here they stay two groups.
+    """
+    net = ZOO["mobilenet_v2"](variant="dwnp")
+    kept = uniform_map(net, 0.25).kept
+    assert set(kept) == set(net.elastic)
+    stages = [len(kept[f"blocks.{i}.project.conv"]) for i in (0, 1, 3, 6, 10, 13, 16)]
+    assert stages == [make_divisible(c * 0.25) for c in (16, 24, 32, 64, 96, 160, 320)]
+    assert stages[:2] == [8, 8] and len(kept["blocks.3.expand.conv"]) == 6 * 8
+
+
 def test_all_conventions_by_hand() -> None:
     net = ZOO["mobilenet_v2"]()
     macs = net.cost().macs
