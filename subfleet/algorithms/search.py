@@ -49,9 +49,10 @@ class ChannelSearch:
     def shrinking(self) -> Shrinking:
         """The rule of a step, and how far each group may shrink."""
         floors = {
-            group: min(size, max(self.min_units, math.ceil(self.min_share * size)))
+            group: min(size, -(-least // self.multiple) * self.multiple)
             for group in self.net.elastic
             if (size := self.net.space.size(group))
+            and (least := max(self.min_units, math.ceil(self.min_share * size)))
         }
         return Shrinking(self.shrink, floors, self.multiple)
 

@@ -38,7 +38,7 @@ class Step(NamedTuple):
 class Shrinking:
     """What one step takes from a group: the share `ratio` of its units, at least one.
 
-    shrunk(c) = max(floor, min(c - 1, [c (1 - ratio)])), [.] the nearest multiple of `multiple`.
+    shrunk(c) = max(floor, the multiple of `multiple` nearest to c (1 - ratio), but below c)
 
     >>> rule = Shrinking(ratio=0.2, floors={"a": 6})
     >>> rule.shrunk("a", 10), rule.shrunk("a", 8), rule.shrunk("a", 7), rule.shrunk("a", 6)
@@ -53,8 +53,9 @@ class Shrinking:
         """The units that a group of so many has after a step; None where it may not shrink."""
         if units <= self.floors[group]:
             return None
-        nearest = int(units * (1 - self.ratio) / self.multiple + 0.5) * self.multiple
-        return max(self.floors[group], min(units - 1, nearest))
+        nearest = int(units * (1 - self.ratio) / self.multiple + 0.5)
+        below = (units - 1) // self.multiple
+        return max(self.floors[group], min(below, nearest) * self.multiple)
 
 
 def prune(

@@ -168,8 +168,9 @@ class Space:
                 pieces = [self.indices(p, map) + e for p, e in zip(parts, ends, strict=False)]
                 return np.concatenate(pieces)
             case Window(group, least):
-                kept = len(self._units(map, group))
-                return centre(self.size(group), max(kept, least))
+                # Within a sub-network of a small kernel the group is smaller than what is stored.
+                kept, stored = len(self._units(map, group)), max(self.size(group), least)
+                return centre(stored, max(kept, least))
         raise TypeError(f"{binding!r} is not an axis binding")
 
     def _units(self, map: IndexMap, group: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -167,6 +167,19 @@ def has_dropout(module: nn.Module) -> bool:
         (isinstance(m, kinds) and m.p > 0) or (isinstance(m, nn.RNNBase) and m.dropout > 0)
         for m in module.modules()
     )
+
+
+@lru_cache(maxsize=16)
+def takes_channels_last(net: SuperNetwork) -> bool:
+    """Whether the network's code runs on images that lie channels last: `x.view` may not."""
+    module: Any = net.module().eval()  # strides on the meta device are not those of a CPU
+    x = net.example(2)
+    try:
+        with torch.no_grad():
+            module.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    return True
 
 
 def drop_counters(module: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from subfleet.core.calibration import calibrate, go_by_the_batch
 from subfleet.core.maps import IndexMap
 from subfleet.core.masks import along, readers, refuse_joint_norms
 from subfleet.core.pruning import Score
-from subfleet.core.supernet import SuperNetwork
+from subfleet.core.supernet import SuperNetwork, takes_channels_last
 
 Statistics = Literal["batch", "calibrated"]
 """Where a candidate's BatchNorm statistics come from: the rows that are scored, all at once, or
@@ -49,7 +49,8 @@ class Trials:
         self._net, self._params, self._y = net, params, y
         self._statistics = statistics if net.statistics else "batch"
         # Channels last is half again as fast on a CPU.
-        self._x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        self._channels_last = x.dim() == 4 and takes_channels_last(net)
+        self._x = x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
         self._reads = readers(net)
         self._units: dict[str, int] | None = None  # of the sub-network that is built
         self.flops = 0.0  # of all passes so far, as if each were a whole one
@@ -74,7 +75,7 @@ class Trials:
         self._units = dict(units)
         map = self._net.space.canonical(IndexMap.prefix(units))
         module = self._net.module(map).to(self._x.device)
-        if self._x.dim() == 4:
+        if self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = self._net.space.extract(dict(self._params), map)
         module.load_state_dict(weights | self._net.fresh_statistics(map))

@@ -197,7 +197,7 @@ def mobilenet_v2(
     net = replace(
         net,
         thinned=partial(
-            _units, input_shape, norm, width, divisor, stem_stride, variant, max(kernels)
+            _units, input_shape[0], norm, width, divisor, stem_stride, variant, max(kernels)
         ),
     )
     # DWNP gates blocks that have hidden channels of their own, and counts no shortcut.
@@ -211,7 +211,7 @@ def mobilenet_v2(
 
 
 def _units(
-    input_shape: tuple[int, ...],
+    channels: int,
     norm: Norm,
     width: float,
     divisor: int,
@@ -220,12 +220,20 @@ def _units(
     kernel: int,
     times: float,
 ) -> dict[str, int]:
-    """The units of each group of the model of `times` the width."""
+    """The outputs of each convolution of the model of `times` the width; groups are named so.
+
+    Stages of that model may be equally wide that are not so here, and then it has a shortcut
+    more between them. So its convolutions are asked, not its groups.
+    """
     with torch.device("meta"):
         module = _mobilenet_v2(
-            input_shape[0], 1, norm, width * times, divisor, stem_stride, variant, kernel
+            channels, 1, norm, width * times, divisor, stem_stride, variant, kernel
         )
-    return dict(supernet(module, torch.empty(1, *input_shape, device="meta")).space.groups)
+    return {
+        path: layer.out_channels
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }
 
 
 def _mobilenet_v2(

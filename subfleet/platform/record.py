@@ -11,15 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from subfleet.core.errors import InputError
 from subfleet.core.program import ClientProgram, LossProgram, RunProgram
-from subfleet.core.supernet import SuperNetwork
+from subfleet.core.supernet import SuperNetwork, takes_channels_last
 from subfleet.core.units import IndexMap
 from subfleet.platform import layers
 
@@ -210,7 +208,7 @@ def candidates(
         order = [("vmap", widest), ("vmap", max(2, widest // 4)), *order]
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
-    last = images and _takes_channels_last(net)
+    last = images and takes_channels_last(net)
     return [
         Choice(
             variant=variant_name(variant),
@@ -236,16 +234,3 @@ def in_compiled_steps(net: SuperNetwork, choice: Choice) -> Choice:
         inside = COMPILED_BYTES // (4 * net.stored_params(FULL))
         width = max(2, min(width, 1 << max(0, inside.bit_length() - 1)))
     return replace(choice, compiled=True, side_by_side=width)
-
-
-@lru_cache(maxsize=16)
-def _takes_channels_last(net: SuperNetwork) -> bool:
-    """Whether the network's code runs on images that lie channels last: `x.view` may not."""
-    module: Any = net.module().eval()  # strides on the meta device are not those of a CPU
-    x = net.example(2)
-    try:
-        with torch.no_grad():
-            module.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-    except RuntimeError:
-        return False
-    return True

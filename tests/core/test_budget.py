@@ -1,15 +1,19 @@
 """Budgets, widths and the dealing out of clients to tiers."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subfleet.core.algorithm import TierSize
 from subfleet.core.budget import (
     Budget,
     Tier,
     distinct_widths,
     largest_remainder,
     largest_width,
+    uniform_map,
     width_counts,
     width_map,
 )
@@ -39,6 +43,36 @@ def test_width_map_rounds_up_to_whole_units():
     for width in (0, 1.01, float("nan")):
         with pytest.raises(InputError, match="out of range"):
             width_map(NET, width)
+
+
+@given(st.floats(0.01, 1.0))
+def test_a_uniform_map_is_the_width_map_where_a_model_rounds_nothing(width):
+    assert NET.thinned is None
+    assert uniform_map(NET, width) == width_map(NET, width)
+
+
+def test_a_uniform_map_is_rounded_as_the_model_says():
+    even = {"conv1": 4, "conv2": 6, "fc1": 30, "other": 1}
+    net = replace(NET, thinned=lambda times: even)
+    assert uniform_map(net, 0.3) == IndexMap.prefix({"conv1": 4, "conv2": 6, "fc1": 30})
+    assert uniform_map(net, 1.0) == IndexMap.full()
+    for width in (0, 1.01, float("nan")):
+        with pytest.raises(InputError, match="out of range"):
+            uniform_map(net, width)
+
+
+def test_a_tier_of_a_width_affords_the_operations_of_that_model():
+    """Of its own map's where those are more, which is rounded up; with limits, just these."""
+    half = width_map(NET, 0.5)
+    thin = replace(NET, thinned=lambda times: {"conv1": 3, "conv2": 6, "fc1": 30})
+    wide = replace(NET, thinned=lambda times: {"conv1": 8, "conv2": 8, "fc1": 32})
+    own, more = NET.cost(half).macs, NET.cost(uniform_map(wide, 0.5)).macs
+    tier = TierSize("low", 1.0, half, width=0.5)
+    assert tier.budget(NET) == tier.budget(thin) == Budget(flops=own)
+    assert tier.budget(wide) == Budget(flops=more) and more > own
+    assert TierSize("low", 1.0, half).budget(wide) == Budget(flops=own)
+    assert TierSize("low", 1.0, half, params=900).budget(NET) == Budget(params=900)
+    assert TierSize("low", 1.0, half, 7, 900).budget(NET) == Budget(flops=7, params=900)
 
 
 def test_distinct_widths_are_all_the_maps_there_are():

@@ -182,16 +182,42 @@ def permuted(binding, to, size):
             )
 
 
-def test_prefix_slices_nest():
+@st.composite
+def nested(draw):
+    """A prefix of every group, and a shorter one of it."""
+    wide = {g: draw(st.integers(1, size)) for g, size in GROUPS.items()}
+    return wide, {g: draw(st.integers(1, count)) for g, count in wide.items()}
+
+
+@given(nested())
+def test_prefix_slices_nest(widths):
+    """Gates, concatenations with a free part, flattened blocks, a whole axis: all of them."""
+    wide, narrow = map(IndexMap.prefix, widths)
     full = numbered(SPACE)
-    wide = IndexMap.prefix({g: c - 1 for g, c in GROUPS.items()})
-    narrow = IndexMap.prefix(dict.fromkeys(GROUPS, 1))
-    middle = SPACE.extract(full, wide)
-    groups = SPACE.counts_by_group(wide)
-    # The space of the wide sub-network itself; the free part of the concat is unchanged.
-    inner = UnitSpace(groups, AXES, SPACE.slice_shapes(wide))
-    twice, once = inner.extract(middle, narrow), SPACE.extract(full, narrow)
+    inner = SPACE.within(wide)
+    twice = inner.extract(SPACE.extract(full, wide), narrow)
+    once = SPACE.extract(full, narrow)
+    assert twice.keys() == once.keys() == AXES.keys()
     assert all(torch.equal(twice[n], once[n]) for n in AXES)
+    assert inner.slice_shapes(narrow) == SPACE.slice_shapes(narrow)
+    assert dict(inner.groups) == widths[0] and inner.shapes == SPACE.slice_shapes(wide)
+
+
+@given(maps(), st.data())
+def test_maps_within_a_sub_network_count_among_its_own_units(kept, data):
+    counts = SPACE.counts_by_group(kept)
+    own = data.draw(maps(counts))
+    outer = {
+        g: kept.kept.get(g, np.arange(GROUPS[g]))[own.kept.get(g, np.arange(counts[g]))]
+        for g in GROUPS
+    }
+    full = numbered(SPACE)
+    twice = SPACE.within(kept).extract(SPACE.extract(full, kept), own)
+    once = SPACE.extract(full, IndexMap.of(outer))
+    assert all(torch.equal(twice[n], once[n]) for n in AXES)
+    assert SPACE.within(IndexMap.full()) == SPACE
+    with pytest.raises(InputError, match=f"has units 0 to {counts['c'] - 1}"):
+        SPACE.within(kept).validate(IndexMap.prefix({"c": counts["c"] + 1}))
 
 
 def test_lstm_slice_equals_a_small_lstm():

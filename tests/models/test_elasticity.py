@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -102,6 +103,29 @@ def test_slices_cover_and_compute_what_the_masked_network_does(seed):
     assert sum(int(c.sum()) for c in coverage.values()) == net.stored_params(kept)
     masked = outputs(net, IndexMap.full(), {n: t * coverage[n] for n, t in tensors.items()}, X)
     torch.testing.assert_close(outputs(net, kept, tensors, X), masked, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("transforms", [False, True])
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32))
+def test_a_sub_network_has_sub_networks_of_its_own(transforms, seed):
+    """Blocks that it skips are gone from its space; of the others, and of kernels, some may go.
+
+    A kernel that was computed from a larger one has no matrix left for a smaller one.
+    """
+    net, tensors = net_of(transforms), tensors_of(transforms)
+    outer = slices.drawn(net, seed)
+    own = net.space.within(outer)
+    assert set(own.blocks) == {g for g in net.space.blocks if len(outer.kept[g])}
+    assert own.shapes == net.space.slice_shapes(outer)
+    inner = slices.drawn(replace(net, space=own, statistics=frozenset()), seed + 1)
+    if transforms:
+        inner = IndexMap({g: units for g, units in inner.kept.items() if g not in own.kernels})
+    kept = dict(outer.kept) | {g: outer.kept[g][units] for g, units in inner.kept.items()}
+    twice = own.extract(net.space.extract(tensors, outer), inner)
+    once = net.space.extract(tensors, IndexMap(kept))
+    assert twice.keys() == once.keys() == own.slice_shapes(inner).keys()
+    assert all(torch.equal(twice[n], once[n]) for n in once)
 
 
 @pytest.mark.parametrize("transforms", [False, True])

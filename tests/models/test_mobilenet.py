@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subfleet.core.budget import uniform_map, width_map
 from subfleet.core.cost import Cost, cost, cost_table
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap, Unit
@@ -104,6 +105,35 @@ def test_reference_costs(width: float, classes: int, params: int, macs: int) -> 
     assert net.cost(count_bias=True, count_norm=True) == (params, macs)
     held = sum(p.numel() for p in net.module(device="meta").parameters())
     assert held == params
+
+
+def test_uniform_sub_networks_cost_what_the_narrower_models_do() -> None:
+    net = ZOO["mobilenet_v2"]()
+    for width, costs in ((0.75, (1_368_234, 59_310_080)), (0.5, (700_490, 27_969_024))):
+        map = uniform_map(net, width)
+        assert map.is_prefix
+        assert net.cost(map, count_bias=True, count_norm=True) == costs
+    assert uniform_map(net, 1.0) == IndexMap.full()
+
+
+def test_uniform_sub_networks_are_rounded_by_the_models_own_divisor() -> None:
+    net = ZOO["mobilenet_v2"](width=0.25, divisor=2, stem_stride=2)
+    alone = ZOO["mobilenet_v2"](width=0.125, divisor=2, stem_stride=2)
+    assert net.space.slice_shapes(uniform_map(net, 0.5)) == alone.space.shapes
+    assert uniform_map(net, 0.5) != width_map(net, 0.5)
+
+
+def test_uniform_sub_networks_whose_stages_become_equally_wide() -> None:
+    """At x 0.25 the first two stages have 8 channels each, where the whole has 16 and 24.
+
+    A model of that width would add the one to the other; here they stay two groups.
+    """
+    net = ZOO["mobilenet_v2"](variant="dwnp")
+    kept = uniform_map(net, 0.25).kept
+    assert set(kept) == set(net.elastic)
+    stages = [len(kept[f"blocks.{i}.project.conv"]) for i in (0, 1, 3, 6, 10, 13, 16)]
+    assert stages == [make_divisible(c * 0.25) for c in (16, 24, 32, 64, 96, 160, 320)]
+    assert stages[:2] == [8, 8] and len(kept["blocks.3.expand.conv"]) == 6 * 8
 
 
 def test_all_conventions_by_hand() -> None:
