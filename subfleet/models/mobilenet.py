@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -210,6 +210,7 @@ def mobilenet_v2(
     )
 
 
+@lru_cache(maxsize=64)  # a fleet asks for the same few widths again and again
 def _units(
     input_shape: tuple[int, ...],
     norm: Norm,
