@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -210,7 +210,6 @@ def mobilenet_v2(
     )
 
 
-@lru_cache(maxsize=64)  # a fleet asks for the same few widths again and again
 def _units(
     input_shape: tuple[int, ...],
     norm: Norm,
@@ -221,12 +220,17 @@ def _units(
     kernel: int,
     times: float,
 ) -> dict[str, int]:
-    """The units of each group of the model of `times` the width."""
+    """The output channels of each convolution of the model of `times` the width.
+
+    Groups are named after convolutions. Tracing that model would not do: where two stages
+    round to the same width it has a skip between them, and one group in place of two.
+    """
     with torch.device("meta"):
         module = _mobilenet_v2(
             input_shape[0], 1, norm, width * times, divisor, stem_stride, variant, kernel
         )
-    return dict(supernet(module, torch.empty(1, *input_shape, device="meta")).space.groups)
+    layers = module.named_modules()
+    return {name: layer.out_channels for name, layer in layers if isinstance(layer, nn.Conv2d)}
 
 
 def _mobilenet_v2(
