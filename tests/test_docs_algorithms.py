@@ -15,9 +15,13 @@ import toys
 from pages import Page
 from typer.testing import CliRunner
 
+from subfleet import registry
 from subfleet.algorithms import ALGORITHMS
 from subfleet.cli import app
+from subfleet.config import Experiment
+from subfleet.core.budget import width_map
 from subfleet.core.program import LocalRule
+from subfleet.launch import launch
 
 PAGE = Page("algorithms.md")
 
@@ -36,13 +40,34 @@ def test_its_commands_run(command: str, folder: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.stderr
     if arguments[0] == "run":
-        summary = json.loads((folder / "runs" / "fedsam" / "summary.json").read_text())
+        run = folder / arguments[arguments.index("--out") + 1]
+        summary = json.loads((run / "summary.json").read_text())
         assert summary["finished"] and "warning" not in done.stderr
-        rounds = (folder / "runs" / "fedsam" / "metrics.jsonl").read_text().splitlines()
-        losses = [json.loads(line)["loss_train"] for line in rounds]
+        rounds = (run / "metrics.jsonl").read_text().splitlines()
+        losses = [loss for line in rounds if (loss := json.loads(line)["loss_train"]) is not None]
         assert losses[-1] < losses[0]
     else:
         assert "How far to look from w" in done.stdout
+
+
+def test_its_clients_choose_and_train_what_they_chose(folder: Path) -> None:
+    experiment = Experiment.load(folder / "best_width.toml")
+    run = launch(experiment, out=folder / "chosen", local=True)
+    assert [r["phase"] for r in run.metrics] == ["first", "first", "choose", "second", "second"]
+    tried, rows = run.traces().to_pylist(), run.clients().to_pylist()
+    tier = {row["client"]: row["tier"] for row in rows if row["round"] == 3}
+    assert {row["client"] for row in tried} == set(tier), "all that train choose"
+    widths = {c: {r["width"]: r["loss"] for r in tried if r["client"] == c} for c in tier}
+    assert all(
+        list(losses) == ([0.25, 0.5, 1.0] if tier[c] == "phone" else [0.25, 0.5])
+        for c, losses in widths.items()
+    )
+    net = registry.build_model(experiment.model, input_shape=(1, 28, 28), num_classes=62)
+    for row in rows:
+        if row["round"] > 3:
+            losses = widths[row["client"]]
+            map = width_map(net, min(losses, key=losses.__getitem__))
+            assert row["macs"] == net.cost(map).macs
 
 
 def test_its_step_is_the_formula(folder: Path) -> None:

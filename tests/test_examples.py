@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from subfleet.cli import app
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError
 from subfleet.demo import demo, quickstart
-from subfleet.launch import launch
+from subfleet.launch import Run, launch
 
 
 def test_the_quickstart_is_the_demos_experiment(root: Path) -> None:
@@ -121,6 +122,53 @@ def test_every_data_set_trains_on_its_published_files(
         files["data.clients"] = 20  # the sample holds few images
     experiment = Experiment.load(root / "examples" / f"{name}.toml")
     trained_a_round(experiment.with_values(A_ROUND | files), tmp_path / "run")
+
+
+def a_short_apfl(root: Path) -> Experiment:
+    """`examples/apfl.toml` with few images and rounds; its phases, fleet and search as they are."""
+    short = {
+        **{"data.train": 120, "data.test": 60, "model.width": 0.1, "train.epochs": 1},
+        **{"algorithm.warm_up": 1, "algorithm.shrink": 0.5, "algorithm.samples": 10},
+        **{"run.rounds": 3, "run.engine": "loop"},
+    }
+    experiment = Experiment.load(root / "examples" / "apfl.toml")
+    assert experiment.data.name.startswith("synthetic_"), "an example needs no files"
+    return experiment.with_values(short)
+
+
+@pytest.mark.slow
+def test_apfl_runs_its_three_phases_in_one_go(root: Path, tmp_path: Path) -> None:
+    run = launch(a_short_apfl(root), out=tmp_path / "run", local=True)
+    assert [record["phase"] for record in run.metrics] == ["warm-up", "search", "train"]
+    tiers = {tier["tier"]: tier["clients"] for tier in run.tiers}
+    assert [record["clients"] for record in run.metrics] == [tiers["high"], 6, 6]
+    assert math.isfinite(run.summary["acc_global"]) and math.isfinite(run.summary["acc_own"])
+    rows = run.clients().to_pylist()
+    searching = set(run.traces().column("client").to_pylist())
+    assert searching == {r["client"] for r in rows if r["tier"] in ("medium", "low")}
+
+
+@pytest.mark.slow
+def test_each_phase_of_apfl_begins_from_a_former_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of its head: what the second found the third trains."""
+    monkeypatch.chdir(tmp_path)
+    lines = (root / "examples" / "apfl.toml").read_text().replace("\\\n#", "").splitlines()
+    commands = [shlex.split(line[1:]) for line in lines if line.startswith("#   subfleet run")]
+    assert [words[3:5] for words in commands[1:]] == [
+        *(["--out", "runs/warm"], ["--out", "runs/found"], ["--out", "runs/trained"])
+    ]
+    Path("short.toml").write_text(a_short_apfl(root).to_toml())
+    for _, _, _, *words in commands[1:]:
+        words = [*words, "--set", "run.rounds=1", "--local"]
+        done = CliRunner().invoke(app, ["run", "short.toml", *words])
+        assert done.exit_code == 0, done.stderr
+        assert "warning" not in done.stderr
+    found, trained = (Run(tmp_path / "runs" / name, {}) for name in ("found", "trained"))
+    last = {row["client"]: row["flops"] for row in found.traces().to_pylist()}  # steps in order
+    macs = {row["client"]: row["macs"] for row in trained.clients().to_pylist()}
+    assert len(last) == 3 and last == {client: macs[client] for client in last}
 
 
 def test_the_demo_compares_two_runs_and_says_what_to_type_next(

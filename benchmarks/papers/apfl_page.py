@@ -141,23 +141,33 @@ def summary(tables: Sequence[Results]) -> str:
     """The order of the methods, in a line for each partition and fleet."""
     lines = []
     for results in tables:
-        for fleet in FLEETS:
-            means = {
-                line.row.title: (
-                    statistics.fmean(_values(line, lambda cell: cell.final("acc_global"))),
-                    statistics.fmean(_values(line, lambda cell: cell.final("acc_own"))),
-                )
-                for line in _of_fleet(results, fleet)
-            }
-            words = ", ".join(f"{name} {glo:.1f} / {loc:.1f}" for name, (glo, loc) in means.items())
-            if words:
-                lines.append(f"* {results.table.title}, {fleet.upper()}, Glo. / Loc.: {words}.")
+        for fleet, rows in _by_fleet(results).items():
+            title = f"{results.table.title}, {fleet.upper()}" if fleet else results.table.title
+            words = ", ".join(f"{line.row.title} {_accuracies(line)}" for line in rows)
+            lines.append(f"* {title}, Glo. / Loc.: {words}.")
     return "\n".join(lines)
 
 
-def _of_fleet(results: Results, fleet: str) -> list[Line]:
-    names = ("fedavg", f"feduniform-{fleet}", f"fedcs-{fleet}")
-    return [line for name in names if (line := results.line(name)) is not None]
+def _accuracies(line: Line) -> str:
+    return " / ".join(
+        "–" if mean != mean else f"{mean:.1f}"
+        for mean in (_mean_final(line, "acc_global"), _mean_final(line, "acc_own"))
+    )
+
+
+def _mean_final(line: Line, key: str) -> float:
+    return statistics.fmean(_values(line, lambda cell: cell.final(key)))
+
+
+def _by_fleet(results: Results) -> dict[str, list[Line]]:
+    """The rows of each fleet that has any of its own, and FedAvg's, which is of both."""
+    both = [line for line in results.lines if line.row.name == "fedavg"]
+    found: dict[str, list[Line]] = {}
+    for fleet in FLEETS:
+        names = (f"feduniform-{fleet}", f"fedcs-{fleet}")
+        if own := [line for name in names if (line := results.line(name)) is not None]:
+            found[fleet] = both + own
+    return found or ({"": both} if both else {})
 
 
 def section(results: Results, folder: Path, stem: str) -> str:
@@ -218,10 +228,11 @@ def _target(results: Results) -> float:
 
 
 def _bytes_figure(results: Results, path: Path) -> None:
-    figure, panels = figures.panelled(2, 2, (3.8, 3.0))
+    fleets = _by_fleet(results)
+    figure, panels = figures.panelled(len(fleets), 2, (3.8, 3.0))
     styles = dict(zip(METHODS, ("-", "--", "-."), strict=True))
-    for axes, fleet in zip(panels, FLEETS, strict=True):
-        for line in _of_fleet(results, fleet):
+    for axes, (fleet, rows) in zip(panels, fleets.items(), strict=True):
+        for line in rows:
             cells = _cells(line)
             axes.plot(
                 np.mean([cell.megabytes for cell in cells], axis=0),

@@ -48,26 +48,29 @@ class FedCS(PartialAveraging):
     Training starts from scratch, as in the paper's comparison, unless `inherit`.
 
     Options:
-        phases: Which of "warm-up", "search" and "train" to run, in this order. A phase that
-            is left out is taken from the run that `run.start_from` names.
+        phases: Some of "warm-up", "search" and "train", in this order. What a phase that is left
+            out would give is taken from the run that `run.start_from` names.
         warm_up: Rounds of warm-up before the search; the paper takes 30 % of the training's.
-        shrink: In (0, 1): the share of its channels that a group loses in a step; at least one.
-        multiple: The channels left are a multiple of it.
-        min_units: No group is cut below so many channels,
-        min_share: nor below this share of them.
-        samples: Training samples that a client scores sub-networks on, at most.
-        search_statistics: BatchNorm's statistics while searching: those of the scored rows
-            ("batch"), or re-estimated before ("calibrated"), which takes three times as long.
-        criterion: "accuracy" alone, or "accuracy_then_loss" where accuracies are equal; few
-            samples make them so.
-        lazy: Whether a group is scored anew only when it would be the next to shrink:
-            several times as fast, and nearly the same search.
-        searchers: The share of the clients that search; the others train the uniform
+        shrink: The share of its channels that a group loses in a step of the search, in (0, 1);
+            a step takes one channel at least.
+        multiple: A step leaves a multiple of so many channels.
+        min_units: The search leaves each group so many channels at least.
+        min_share: The search leaves each group this share of its channels at least, in (0, 1].
+        samples: The most training samples that a client scores sub-networks on, 2 or more.
+        search_statistics: BatchNorm's statistics while searching: those of the scored samples
+            ("batch"), or estimated anew for each sub-network ("calibrated"), which takes three
+            times as long.
+        criterion: What decides between two steps: "accuracy" alone, or "accuracy_then_loss", the
+            loss where accuracies are equal, as they often are on few samples.
+        lazy: Whether a group is scored anew only when it would be the next to shrink. That is
+            several times as fast, and finds nearly the same network.
+        searchers: The share of the clients that search, in (0, 1]; the others train the
             sub-network of their tier.
-        narrowest: The narrowest width that the warm-up trains.
-        widths: Widths trained at each step of the warm-up, the whole and the narrowest included.
+        narrowest: The narrowest width that the warm-up trains, in (0, 1).
+        widths: How many widths a step of the warm-up trains, the whole network and the narrowest
+            among them; 2 or more.
         mixed: Whether half of the drawn widths differ from group to group.
-        inherit: Whether training starts from the warm super-network's weights.
+        inherit: Whether training starts from the weights of the warm-up.
     """
 
     phases: tuple[PhaseName, ...] = PHASES

@@ -25,7 +25,7 @@ class FedUniform(PartialAveraging):
     Clients are merged by FedPA.
 
     Options:
-        widths: The multipliers to choose from, each in (0, 1].
+        widths: The width multipliers to choose from, each in (0, 1].
     """
 
     widths: tuple[float, ...] = (1.0, 0.75, 0.5)

@@ -222,8 +222,8 @@ class PartialAveraging(IndexedAveraging):
     data, and the widths they belong to differ.
 
     Options:
-        normaliser: "count" averages a coordinate over the clients that have it; "all" lets
-            those who have it not vote for the server's value.
+        normaliser: "count" averages a coordinate over the clients that have it; "all" over all
+            clients of the round, where those without it count with the server's value.
     """
 
     statistics: Statistics = "local"

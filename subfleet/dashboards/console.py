@@ -117,7 +117,9 @@ class ConsoleProgress:
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Show the round; plain lines only every few seconds, and for the last round."""
         now = time.monotonic()
-        self._last.update((key, value) for key, value in record.items() if value is not None)
+        # NaN is no loss, either: that of a round in which nothing was trained.
+        known = {key: value for key, value in record.items() if value is not None}
+        self._last |= {key: value for key, value in known.items() if value == value}
         self._done, self._round_s, self._clients = record["round"], now, None
         self._left_s = self._left.update(name_at(self._phases, self._done), now)
         if self._progress is not None:

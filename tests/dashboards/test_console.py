@@ -36,6 +36,15 @@ def test_plain_lines_without_a_terminal():
     assert all("\x1b" not in line for line in lines)
 
 
+def test_a_round_without_a_loss_shows_the_last_there_was():
+    out = console(terminal=False)
+    progress = ConsoleProgress(3, out, interval_s=0)
+    progress.on_start({"rounds": 3})
+    progress.on_round({"round": 1, "loss_train": 2.5}, {})
+    progress.on_round({"round": 2, "loss_train": float("nan")}, {})
+    assert "loss 2.500" in out.file.getvalue().splitlines()[1]
+
+
 def test_every_round_when_asked():
     out = console(terminal=False)
     play(ConsoleProgress(5, out, interval_s=0), 5, start=2)

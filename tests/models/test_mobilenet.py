@@ -240,3 +240,12 @@ def test_mobilenet_v2_in_plain_torch(variant: str) -> None:
     x = act(conv("head", x)).mean((2, 3))
     x = F.linear(x, w["scores.fc.weight"], w["scores.fc.bias"])
     torch.testing.assert_close(module(images), x)
+
+
+def test_the_network_of_a_width_is_the_model_of_that_width() -> None:
+    """Also where two stages round to the same width, and the model has a skip between them."""
+    net = ZOO["mobilenet_v2"](width=0.1, divisor=2)
+    for width in (0.75, 0.5, 0.35):
+        thin = ZOO["mobilenet_v2"](width=0.1 * width, divisor=2)
+        assert net.space.slice_shapes(uniform_map(net, width)) == dict(thin.space.shapes)
+    assert len(ZOO["mobilenet_v2"](width=0.05, divisor=2).elastic) < len(net.elastic)
