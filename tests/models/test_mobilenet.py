@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subfleet.core.budget import uniform_map, width_map
+from subfleet.core.budget import uniform_map
 from subfleet.core.cost import Cost, cost, cost_table
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap, Unit
@@ -114,13 +114,6 @@ def test_uniform_sub_networks_cost_what_the_narrower_models_do() -> None:
         assert map.is_prefix
         assert net.cost(map, count_bias=True, count_norm=True) == costs
     assert uniform_map(net, 1.0) == IndexMap.full()
-
-
-def test_uniform_sub_networks_are_rounded_by_the_models_own_divisor() -> None:
-    net = ZOO["mobilenet_v2"](width=0.25, divisor=2, stem_stride=2)
-    alone = ZOO["mobilenet_v2"](width=0.125, divisor=2, stem_stride=2)
-    assert net.space.slice_shapes(uniform_map(net, 0.5)) == alone.space.shapes
-    assert uniform_map(net, 0.5) != width_map(net, 0.5)
 
 
 def test_uniform_sub_networks_whose_stages_become_equally_wide() -> None:
