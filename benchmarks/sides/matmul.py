@@ -9,9 +9,9 @@ SIZE = {"cpu": 2048, "cuda": 8192}
 PRODUCTS = {"cpu": 3, "cuda": 20}
 
 
-def start(device: str, dtype: str) -> Prepare:
-    """Multiplies two square matrices over and over."""
-    a, b = (torch.randn(2, SIZE[device], SIZE[device], device=device)).to(getattr(torch, dtype))
+def start(device: str, dtype: str, size: int) -> Prepare:
+    """Multiplies two square matrices of `size` rows over and over."""
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     out = torch.empty_like(a)
     # As the engine has it: a rate in TF32 would be another arithmetic's.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -32,6 +32,6 @@ def start(device: str, dtype: str) -> Prepare:
 
 def rate(device: str, dtype: str, processes: int, repeats: int) -> float:
     """The best of some repeats after a first one, in FLOP/s of all processes together."""
-    with Side(start, processes, device, dtype) as side:
+    with Side(start, processes, device, dtype, SIZE[device]) as side:
         seconds = min([side.round([]) for _ in range(repeats + 1)][1:])
     return processes * PRODUCTS[device] * 2 * SIZE[device] ** 3 / seconds

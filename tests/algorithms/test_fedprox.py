@@ -20,8 +20,10 @@ def test_without_mu_it_is_fedavg_bit_for_bit(norm, engine, tmp_path):
     rule = LocalRule(lr=0.1, momentum=0.9, clip_norm=1.0 if norm else None)
     setting = toys.setting(toys.mlp(norm=norm), (1.0, 0.5), rule, Stream(batch=4, epochs=2))
     data = toys.federation(SIZES, (6,), 3)
+    # Everybody in one bundle: as many side by side each round, traced but once.
+    options = {"engine": engine, "cohort": 8, "bundle_clients": 8}
     digests = {
-        toys.run(toys.job(algorithm, data, engine=engine), tmp_path / name)["params_sha256"]
+        toys.run(toys.job(algorithm, data, **options), tmp_path / name)["params_sha256"]
         for name, algorithm in (("prox", FedProx(setting, mu=0.0)), ("avg", FedAvg(setting)))
     }
     assert len(digests) == 1
@@ -91,7 +93,9 @@ def test_stragglers_do_whole_epochs_but_fewer(engine, tmp_path):
     data = toys.federation([20] * 20, (6,), 3)
     done = {}
     for share in (0.0, 0.5, 1.0):
-        run = toys.job(FedProx(setting, stragglers=share), data, cohort=10, engine=engine)
+        # One bundle: the same number of clients side by side each round, traced but once.
+        options = {"cohort": 10, "bundle_clients": 10, "engine": engine}
+        run = toys.job(FedProx(setting, stragglers=share), data, **options)
         toys.run(run, tmp_path / str(share))
         done[share] = fractions_of_epochs(tmp_path / str(share), epochs)
         assert set(done[share].values()) <= set(range(1, epochs + 1))

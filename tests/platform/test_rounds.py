@@ -391,12 +391,11 @@ def test_a_phase_for_a_tier_that_no_training_client_has_is_refused(tmp_path):
 def test_dropout_draws_do_not_depend_on_the_number_of_workers(tmp_path):
     layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)]
     net = chain("dropping", layers, (6,))
-    algorithm = FedPA(toys.setting(net, (1.0, 0.5), rounds=3))
+    algorithm = FedPA(toys.setting(net, (1.0, 0.5), rounds=2))
     job = toys.job(algorithm, data(), cohort=8, bundle_clients=1, engine="vmap")
     digests = [
         toys.run(job, tmp_path / f"{workers}-{again}", workers=workers)["params_sha256"]
-        for workers in (1, 3)
-        for again in range(2)
+        for workers, again in ((1, False), (1, True), (3, False))
     ]
     assert len(set(digests)) == 1
 
