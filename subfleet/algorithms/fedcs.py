@@ -104,6 +104,8 @@ class FedCS(PartialAveraging):
                 f"{self.setting.net.cost().macs:,} operations, to warm it up; give a tier the "
                 "width 1.0, or start from a run that did (run.start_from)"
             )
+        for name in sorted({"warm-up", "train"}.intersection(map(self._phase_of, self._rounds))):
+            self._check_schedule(name)
         if "search" in self.phases:
             refuse_joint_norms(self.setting.net, "the search")
             self._search.check()
@@ -135,6 +137,15 @@ class FedCS(PartialAveraging):
                     f"give {getattr(type(self), name)}, say"
                 )
 
+    def _check_schedule(self, name: str) -> None:
+        schedule = self.setting.rule.schedule
+        length = sum(self._phase_of(round) == name for round in self._rounds)
+        if schedule is not None and schedule.name == "cosine" and schedule.warmup >= length:
+            raise InputError(
+                f"train.warmup={schedule.warmup} leaves no round of the {name}'s {length} to the "
+                "cosine, which begins anew in each phase; give fewer rounds of train.warmup"
+            )
+
     # --- phases --------------------------------------------------------------------------
 
     @cached_property
@@ -157,7 +168,12 @@ class FedCS(PartialAveraging):
         return self.phases[-1]
 
     def doubts(self) -> tuple[str, ...]:
-        """Phases that the run ends before."""
+        """Phases that the run ends before, and a search that is made again and again."""
+        if self.phases == ("search",) and self.setting.rounds > 1:
+            return (
+                f"run.rounds = {self.setting.rounds} searches as often, and the last search "
+                "counts: one round is enough",
+            )
         left = [name for name in self.phases if name not in map(self._phase_of, self._rounds)]
         if not left:
             return ()

@@ -421,3 +421,18 @@ def test_norms_over_channels_are_refused_by_a_search_only():
     with pytest.raises(InputError, match="GroupNorm takes its mean over several channels"):
         fedcs(net, min_share=0.1)
     assert fedcs(net, min_share=0.1, phases=("warm-up",)).phase(1).name == "warm-up"
+
+
+def test_a_cosine_needs_more_rounds_in_each_phase_than_its_rate_rises_in():
+    rule = LocalRule(lr=0.4, schedule=Schedule("cosine", rounds=9, warmup=2))
+    fedcs(rounds=9, rule=rule, warm_up=3)
+    with pytest.raises(InputError, match=r"train.warmup=2 .* the warm-up's 2 .*fewer rounds"):
+        fedcs(rounds=9, rule=rule, warm_up=2)
+    with pytest.raises(InputError, match=r"train.warmup=2 .* the train's 1 "):
+        fedcs(rounds=5, rule=rule, warm_up=3)
+
+
+def test_searching_more_than_once_is_doubted():
+    (doubt,) = fedcs(rounds=3, phases=("search",)).doubts()
+    assert "run.rounds = 3" in doubt and "one round is enough" in doubt
+    assert fedcs(rounds=1, phases=("search",)).doubts() == ()
