@@ -31,14 +31,7 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform import own as own_networks
-from subfleet.platform.bundles import (
-    BACKWARD,
-    BundleResult,
-    EvalBundle,
-    TrainBundle,
-    Trial,
-    passes,
-)
+from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle, Trial, flops
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.memory import OutOfMemory, charged_to, keep_freed_memory
 from subfleet.platform.record import Choice, candidates, variant_name
@@ -352,7 +345,7 @@ class _Tally:
                 "seconds": seconds,
                 "params": params,
                 "macs": macs,
-                "flops": float(BACKWARD * trained_macs * trained.rows * passes(self.program)),
+                "flops": flops(self.program, trained_macs, trained.rows),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 # What an algorithm encodes itself has no map but its own.
                 "bytes_map": map_bytes if result.wire_bytes is None else 0,
