@@ -133,7 +133,7 @@ def _fingerprint(experiment: Experiment, data: dict[str, Any], start: Start | No
 
 
 def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
-    tier = Tier(**table.model_dump())
+    tier = Tier(**table.model_dump(exclude={"device"}))
     return TierSize(
         tier.name,
         tier.share,
