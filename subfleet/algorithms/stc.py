@@ -223,6 +223,10 @@ class STC(OneNetwork):
             "messages": np.append(state["messages"], num_bytes),
         }
 
+    def idle(self, state: State) -> State:
+        """Nothing changed, and a round's message of no bytes: `messages` has one a round."""
+        return state | {"messages": np.append(state["messages"], 0)}
+
     def _zeros(self) -> Params:
         """Zeros for every parameter of the network, float32; none for statistics."""
         net = self.setting.net
