@@ -192,18 +192,18 @@ def mean_cost(columns: Mapping[str, np.ndarray]) -> tuple[float, float]:
 
 
 class Sent(NamedTuple):
-    """Bytes of a task's message: all that its client downloads, the map's part, and dense.
-
-    `dense` is what the whole sub-network takes with its map, either way.
-    """
+    """Bytes that a task's client downloads, the map's part of them, and what it sends at most."""
 
     down: int
     map: int
-    dense: int
+    up: int
 
 
 def sent(net: SuperNetwork, plan: RoundPlan) -> list[Sent]:
-    """What each task's client is sent, in order of the tasks."""
+    """What each task's client is sent and may send, in order of the tasks.
+
+    Both ways that is the dense sub-network and its map, where the task does not say otherwise.
+    """
     cache: dict[tuple[int, bytes], Sent] = {}
     out = []
     for task in plan.tasks:
@@ -214,8 +214,9 @@ def sent(net: SuperNetwork, plan: RoundPlan) -> list[Sent]:
             dense = 4 * entries + map_bytes
             cache[key] = Sent(dense, map_bytes, dense)
         found = cache[key]
-        given = task.bytes_down
-        out.append(found if given is None else Sent(given, 0, found.dense))
+        if task.bytes_down is not None:
+            found = found._replace(down=task.bytes_down, map=0)
+        out.append(found if task.bytes_up is None else found._replace(up=task.bytes_up))
     return out
 
 

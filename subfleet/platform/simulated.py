@@ -78,7 +78,7 @@ class Planned:
     steps: np.ndarray
     flops: np.ndarray
     bytes_down: np.ndarray
-    bytes_up: np.ndarray  # of the whole sub-network: at most, where an algorithm encodes
+    bytes_up: np.ndarray  # at most
 
     @classmethod
     def of(
@@ -103,7 +103,7 @@ class Planned:
                 ]
             ),
             bytes_down=np.array([each.down for each in messages], np.int64),
-            bytes_up=np.array([each.dense for each in messages], np.int64),
+            bytes_up=np.array([each.up for each in messages], np.int64),
         )
 
 
