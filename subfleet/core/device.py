@@ -1,7 +1,8 @@
 """What a client's device can do: numbers that are given, or drawn for each client.
 
 `KEYS` names the numbers and says what each may be. Windows of availability repeat every
-`period_s` seconds of simulated time.
+`period_s` seconds of simulated time. What is drawn is in `subfleet.platform.device_draws`: the
+command line reads this file, and starts without NumPy.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from subfleet.core.errors import InputError, did_you_mean
 
@@ -100,21 +99,6 @@ class Quantity:
             raise InputError(f"needs one of {', '.join(LAWS)}, and has {given}")
         low, high = _clipped_to(key, value)
         return cls(laws[0], *_parameters(key, laws[0], value), low, high)  # type: ignore[arg-type]
-
-    def draw(self, uniform: np.ndarray) -> np.ndarray:
-        """A number for each row of uniforms in (0, 1), float64 [n] from float64 [n, 2]."""
-        if self.law == "constant":
-            return np.full(len(uniform), self.first)
-        if self.law == "uniform":
-            drawn = self.first + (self.second - self.first) * uniform[:, 0]
-        else:
-            # Box and Muller: two uniforms make a normal.
-            normal = np.sqrt(-2 * np.log(uniform[:, 0])) * np.cos(2 * np.pi * uniform[:, 1])
-            if self.law == "normal":
-                drawn = self.first + self.second * normal
-            else:
-                drawn = self.first * np.exp(self.second * normal)
-        return np.clip(drawn, self.low, self.high)
 
 
 def _is_number(value: Any) -> bool:
@@ -214,29 +198,6 @@ def _straight(span: Any, period: float) -> list[tuple[float, float]]:
     if begin < end:
         return [(begin, end)]
     return [s for s in ((begin, period), (0.0, end)) if s[0] < s[1]]
-
-
-def presence(
-    begins: np.ndarray, lengths: np.ndarray, local: np.ndarray, period: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds until each client is there (0 where it is), and how long it then stays.
-
-    `begins` and `lengths` are [n, W], windows of a client that has fewer have length 0;
-    `local` [n] is the time within the period. Who has no window never comes: (inf, 0).
-
-    >>> wait, stay = presence(np.array([[22.0]]), np.array([[8.0]]), np.array([2.0]), 24.0)
-    >>> wait.tolist(), stay.tolist()
-    ([0.0], [4.0])
-    """
-    since = np.mod(local[:, None] - begins, period)  # the window last began so long ago
-    inside = (since < lengths) | (lengths >= period)
-    left = np.where(lengths >= period, np.inf, lengths - since)
-    stay = np.where(inside, left, 0.0).max(axis=1, initial=0.0)
-    wait = np.where(lengths > 0, np.mod(begins - local[:, None], period), np.inf)
-    first = wait.min(axis=1, initial=np.inf)
-    there = inside.any(axis=1)
-    lasts = np.where((wait == first[:, None]) & (lengths > 0), lengths, 0.0)
-    return np.where(there, 0.0, first), np.where(there, stay, lasts.max(axis=1, initial=0.0))
 
 
 # --- a profile -------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from subfleet.core.device import KEYS, Device, presence
+from subfleet.core.device import KEYS, Device
 from subfleet.core.errors import InputError
 from subfleet.datasets.draws import hashes, stream_key, uniforms
+from subfleet.platform.device_draws import drawn, presence
 from subfleet.platform.device_trace import Trace, padded
 
 
@@ -106,7 +107,7 @@ class Devices:
                 out[mine] = trace.numbers[name][self._rows(trace, ids[mine])]
             elif name in profile.device.numbers:
                 draws = uniforms(stream_key(self.seed, f"device {name}"), ids[mine], 2)
-                out[mine] = profile.device.numbers[name].draw(draws)
+                out[mine] = drawn(profile.device.numbers[name], draws)
         return out
 
     def presence(

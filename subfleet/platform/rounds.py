@@ -55,7 +55,7 @@ from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
-from subfleet.platform.simulated import Outcome, Planned
+from subfleet.platform.simulated import simulate
 from subfleet.platform.stretches import stretches
 from subfleet.platform.tracefiles import TraceFiles
 from subfleet.platform.tuner import Tuner
@@ -222,7 +222,9 @@ class Rounds:
                 state = self.algorithm.enter(phase, state)
             asked, wait = self.roster.present(phase, round, self.sim_time)
             planned = self.algorithm.plan(state, self.roster.cohort(phase, round, asked), round)
-            outcome = self._simulated(phase, planned, round, wait)
+            wanted = self.roster.wanted(phase)
+            at = {"time": self.sim_time, "wait": wait, "wanted": wanted}
+            outcome = simulate(self.job, phase, planned, round, **at)
             plan = outcome.arriving(planned) if outcome else planned
         bundles, results, reduced, narrowed = self._trained(phase, plan, round, measured)
         self._refuse_nan(round, results)
@@ -273,21 +275,6 @@ class Rounds:
         tier = self.job.fleet.tier_of[ids]
         parts = parts_needed(phase.program, self._evaluation_due(round))
         return Upcoming(ids[np.argsort(tier, kind="stable")], tuple(sorted(parts)))
-
-    def _simulated(self, phase: Phase, plan: RoundPlan, round: int, wait: float) -> Outcome | None:
-        """Who of the plan's clients arrives, where devices have profiles."""
-        if self.job.devices is None or not plan.tasks:
-            return None
-        return Outcome(
-            self.job.devices,
-            plan,
-            Planned.of(self.net, self.job.federation, phase.program, plan, round),
-            round,
-            time=self.sim_time,
-            wait=wait,
-            wanted=self.roster.wanted(phase),
-            deadline=self.options.deadline,
-        )
 
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from subfleet.core.algorithm import RoundPlan
+from subfleet.core.algorithm import Phase, RoundPlan
 from subfleet.core.program import ClientProgram, ClientTask, RunProgram, StepProgram
 from subfleet.core.supernet import SuperNetwork
 from subfleet.datasets.federation import Federation
 from subfleet.platform import batches
 from subfleet.platform.bundles import flops
 from subfleet.platform.devices import Devices
+from subfleet.platform.job import Job
 from subfleet.platform.measure import sent
 
 LATE, FAILED, UNAVAILABLE = "late", "failed", "unavailable"
@@ -237,3 +238,14 @@ def _share(spent: np.ndarray, takes: np.ndarray) -> np.ndarray:
     """The share of a piece of work that is done after so many seconds of it, in [0, 1]."""
     whole = np.where(takes > 0, takes, 1.0)
     return np.where(takes > 0, np.clip(spent / whole, 0.0, 1.0), (spent >= 0).astype(np.float64))
+
+
+def simulate(
+    job: Job, phase: Phase, plan: RoundPlan, round: int, *, time: float, wait: float, wanted: int
+) -> Outcome | None:
+    """Who of a plan's clients arrives (see `Outcome`); None where no device has a profile."""
+    if job.devices is None or not plan.tasks:
+        return None
+    planned = Planned.of(job.work.net, job.federation, phase.program, plan, round)
+    how = {"time": time, "wait": wait, "deadline": job.options.deadline}
+    return Outcome(job.devices, plan, planned, round, wanted=wanted, **how)
