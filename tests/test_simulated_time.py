@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from subfleet.config import Experiment
 from subfleet.core.errors import InputError
 from subfleet.launch import assemble, launch
 from subfleet.platform.executor import InlineExecutor
+from subfleet.platform.roster import Roster
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.simulated import simulate
 
 TIERS = [
     {"name": "high", "share": 0.5, "width": 1.0, "device": {"flops_per_s": 2e6, "latency_s": 1}},
@@ -133,6 +136,29 @@ def test_a_resume_with_another_trace_is_refused(tmp_path: Path) -> None:
     traced(tmp_path, "1e6,1e3\n2e6,2e3\n")
     run = launch(longer, out=whole.path, local=True, resume=True)
     assert run.summary["rounds"] == 3 and run.metrics[:2] == before
+
+
+def test_a_million_clients_cost_a_round_no_more_than_ten_thousand() -> None:
+    device = {"flops_per_s": {"lognormal": [1e9, 0.5]}, "failure_rate": 0.1}
+    windows = {"available": [[0, 30_000]], "shift_s": {"uniform": [0, 86_400]}}
+
+    def seconds(clients: int) -> float:
+        """Of choosing who is asked, planning, and saying who arrives."""
+        changes = {"data__clients": clients, "fleet__device": device | windows}
+        job = assemble(Experiment(**tables(run__cohort=100, run__over_select=1.3, **changes)))
+        roster, made = Roster(job), job.work.algorithm
+        state, phase = made.init(job.work.net.init(0)), made.phase(1)
+        took = []
+        for round in range(1, 10):
+            now, started = 1e4 * round, process_time()
+            asked, wait = roster.present(phase, round, now)
+            plan = made.plan(state, roster.cohort(phase, round, asked), round)
+            found = simulate(job, phase, plan, round, time=now, wait=wait, wanted=100)
+            took.append(process_time() - started)
+            assert found is not None and len(found.tasks) == 130
+        return min(took)
+
+    assert seconds(1_000_000) < 2 * seconds(10_000) + 1e-3
 
 
 def test_rows_are_announced_only_where_who_comes_is_known_ahead(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pyarrow as pa
@@ -71,11 +71,11 @@ def test_a_million_clients_cost_a_cohort_nothing() -> None:
 
     def seconds(clients: int) -> float:
         ids = np.linspace(0, clients - 1, 100).astype(int)
-        started = perf_counter()
+        started = process_time()
         for round in range(20):
             found.numbers(ids, tier, "flops_per_s")
             found.failures(ids, tier, round)
-        return (perf_counter() - started) / 20
+        return (process_time() - started) / 20
 
     few, many = (min(seconds(n) for _ in range(5)) for n in (1_000, 1_000_000))
     assert many < 3 * few + 1e-4 and many < 0.01
