@@ -165,7 +165,8 @@ class Outcome:
         fails = np.full(len(share), np.inf)
         np.multiply(share, self.takes, out=fails, where=np.isfinite(share))
         opens, stays = devices.presence(self._ids, self._tiers, time)
-        leaves = np.where(opens <= wait, opens + stays - wait, 0.0)
+        # Nobody waits beyond the first who comes: who is there has come just now, or long ago.
+        leaves = np.where(opens <= wait, stays, 0.0)
         self.ends = ends(self.takes, fails, leaves, wanted, deadline)
 
     def _number(self, name: str) -> np.ndarray:
