@@ -18,28 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from subfleet import config_errors, config_text
+from subfleet.config_devices import DeviceTable
+from subfleet.config_tables import Count, Table
 from subfleet.core.errors import InputError
 from subfleet.core.schedule import ScheduleName
 
 SHARE_TOLERANCE = 1e-6
 SCHEDULE_KEYS = {"step": ("milestones", "decay"), "exponential": ("decay",)}
-
-
-def _whole(value: Any) -> Any:
-    """Let TOML's `3e7` stand for a whole number; leave all else to the type check."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_whole)]
-
-
-class Table(BaseModel):
-    """A frozen table that knows all its keys; a string is never taken for a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class OpenTable(Table):
@@ -116,6 +104,9 @@ class Tier(Table):
         default=1.0, ge=0, le=1, description="set the share of the skippable blocks to keep"
     )
     kernel: int | None = Field(default=None, ge=1, description="set the largest kernel size")
+    device: DeviceTable | None = Field(
+        default=None, description="say what the tier's devices can do; the rest is [fleet.device]'s"
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_limit(self) -> Self:
@@ -142,6 +133,9 @@ class FleetTable(Table):
         strict=False,
         description="list the tiers as {name, share, width | flops | params, depth, kernel}",
     )
+    device: DeviceTable | None = Field(
+        default=None, description="say what devices can do, for simulated time and energy"
+    )
 
     @model_validator(mode="after")
     def _shares_and_names(self) -> Self:
@@ -156,6 +150,26 @@ class FleetTable(Table):
             shares = " + ".join(f"{tier.share:g}" for tier in self.tiers)
             raise ValueError(f"the tiers' shares {shares} sum to {total:.7g}; make them sum to 1")
         return self
+
+    @model_validator(mode="after")
+    def _all_devices_or_none(self) -> Self:
+        bare = [tier.name for tier in self.tiers if tier.device is None]
+        if self.device is None and 0 < len(bare) < len(self.tiers):
+            raise ValueError(
+                f"tier {bare[0]!r} has no device and others have; give it one, or all tiers in "
+                "[fleet.device]"
+            )
+        return self
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The device of each tier as one plain table; none where nobody says any.
+
+        What a tier says replaces what [fleet.device] says, key by key.
+        """
+        shared = self.device.model_dump(exclude_none=True) if self.device else {}
+        own = [t.device.model_dump(exclude_none=True) if t.device else {} for t in self.tiers]
+        found = [shared | table for table in own]
+        return found if any(found) else []
 
 
 class AlgorithmTable(OpenTable):
@@ -271,6 +285,16 @@ class RunTable(Table):
     compile: bool = Field(
         default=False,
         description="say whether steps are compiled, in the background, and used once they are",
+    )
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        description="set the simulated seconds after which a round waits for nobody",
+    )
+    over_select: float = Field(
+        default=1.0,
+        ge=1,
+        description="set how many times run.cohort clients are asked; the first run.cohort count",
     )
     eval_every: int = Field(
         default=5, ge=0, description="set the rounds between evaluations; 0 is only after the last"

@@ -35,6 +35,13 @@ def _of_the_fleet(experiment: Experiment, job: Job) -> list[str]:
                 f"the {name} of tier {', '.join(tier.name for tier in stated)} has no effect: "
                 f"{experiment.model.name} is not elastic in it"
             )
+    unused = {"deadline": None, "over_select": 1.0}
+    for name in (n for n, v in unused.items() if getattr(experiment.run, n) != v):
+        if job.devices is None:
+            doubts.append(
+                f"run.{name} = {getattr(experiment.run, name):g} has no effect: no device has a "
+                "profile, so nobody is late; say in [fleet.device] what devices can do"
+            )
     if net.uncounted:
         doubts.append(
             f"costs of {experiment.model.name} leave out {', '.join(net.uncounted[:3])}: its "

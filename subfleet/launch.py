@@ -32,6 +32,7 @@ from subfleet.datasets.federation import Federation, identity, split_of
 from subfleet.datasets.pooled import Pooled
 from subfleet.doubts import doubts
 from subfleet.platform import checkpoint
+from subfleet.platform.devices import Devices
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.files import last_checkpoint
@@ -109,6 +110,8 @@ def assemble(
         options["cohort"] = 1
         if isinstance(federation, Federation):  # without its rows it is remembered as pooled
             federation = Pooled(federation, split_of(federation, seed, experiment.run.held_out)[0])
+    fleet = Fleet(tiers, federation.num_clients, seed)
+    devices = Devices.of(experiment.fleet.devices(), [t.name for t in tiers], fleet.tier_of, seed)
     facts = identity(federation)
     start = None
     if (former := experiment.run.start_from) is not None:
@@ -116,24 +119,28 @@ def assemble(
     return Job(
         work=Work(net, algorithm, federation.scale, seed),
         federation=federation,
-        fleet=Fleet(tiers, federation.num_clients, seed),
+        fleet=fleet,
         options=RunOptions(**options),
         config=experiment.to_tables(),
-        fingerprint=_fingerprint(experiment, facts, start),
+        fingerprint=_fingerprint(experiment, facts, start, devices),
         record=record or EngineRecord(),
         start=start,
+        devices=devices,
     )
 
 
-def _fingerprint(experiment: Experiment, data: dict[str, Any], start: Start | None) -> str:
-    """A digest of all that the rounds of a run follow from: experiment, data, and start."""
+def _fingerprint(
+    experiment: Experiment, data: dict[str, Any], start: Start | None, devices: Devices | None
+) -> str:
+    """A digest of all that the rounds of a run follow from: experiment, data, start, traces."""
     facts = [experiment.fingerprint(stops=False), data, *([start.facts] if start else [])]
+    facts += [devices.facts] if devices and devices.facts else []
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sized(net: SuperNetwork, table: TierTable) -> TierSize:
-    tier = Tier(**table.model_dump())
+    tier = Tier(**table.model_dump(exclude={"device"}))
     return TierSize(
         tier.name,
         tier.share,
@@ -302,13 +309,17 @@ def _made_or_found(
     experiment: Experiment, job: Job, out: str | os.PathLike | None, resume: bool
 ) -> RunFolder:
     config, fingerprint = experiment.to_toml(), experiment.fingerprint(stops=False)
-    data, start = identity(job.federation), job.start.facts if job.start else None
+    facts = {
+        "data": identity(job.federation),
+        "start": job.start.facts if job.start else None,
+        "traces": job.devices.facts if job.devices else None,
+    }
     if not resume:
         where = out if out is not None else _new_name(experiment)
-        return RunFolder.create(where, config, fingerprint, data, start)
+        return RunFolder.create(where, config, fingerprint, **facts)
     if out is None:
         raise InputError("resume needs the run's folder; give out=")
-    folder = RunFolder.open(out, fingerprint, config, data, start)
+    folder = RunFolder.open(out, fingerprint, config, **facts)
     notes = []
     if changes := folder.environment_changes():
         notes.append(

@@ -204,3 +204,14 @@ def test_tensorboard_shows_a_real_run(tmp_path: Path) -> None:
     written = [record["loss_train"] for record in run.metrics]
     assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(written)
     assert any(tag.startswith("coverage") for tag in events.Tags()["histograms"])
+
+
+def test_devices_are_late_and_fail_as_the_example_says(root: Path, tmp_path: Path) -> None:
+    experiment = Experiment.load(root / "examples" / "devices.toml").with_values(
+        {"data.clients": 60, "run.rounds": 3, "run.eval_every": 0, "train.epochs": 1}
+    )
+    run = launch(experiment, out=tmp_path / "run", local=True)
+    for record in run.metrics:
+        assert record["clients"] + record["late"] + record["dropped"] <= 26  # 1.3 times 20
+        assert record["sim_seconds"] > 0 and record["energy_j"] > 0
+    assert sum(record["late"] + record["dropped"] for record in run.metrics) > 0

@@ -212,6 +212,11 @@ def test_reports_of_other_clients_are_left_behind(
     assert "not taken over" in told and told.endswith(differing)
 
 
+def test_how_fast_devices_are_makes_no_other_clients(first: subfleet.Run) -> None:
+    start = assemble(after(first.path, fleet__device={"flops_per_s": 1e9})).start
+    assert start is not None and start.reports and not start.warnings
+
+
 def test_reports_are_part_of_what_a_resume_compares(first: subfleet.Run) -> None:
     start = assemble(after(first.path)).start
     assert start is not None and start.reports

@@ -33,6 +33,7 @@ from subfleet.models import chain, small_cnn
 from subfleet.platform import loop, mapped
 from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.chunks import Chunk
+from subfleet.platform.devices import Devices
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.fleet import Fleet
@@ -275,19 +276,25 @@ def one_round(
 
 
 def job(algorithm: Algorithm, data: InMemory, **options: Any) -> Job:
-    """A run of an algorithm in its own setting; `options` are those of `RunOptions`."""
+    """A run of an algorithm in its own setting; `options` are those of `RunOptions`.
+
+    Besides `record`, an engine record, and `devices`, a table for each tier.
+    """
     given = algorithm.setting
     # The loop, where a test does not ask otherwise: tracing mapped steps takes seconds.
     options = {"rounds": given.rounds, "cohort": 4, "eval_every": 0, "engine": "loop"} | options
-    record = options.pop("record", EngineRecord())
+    record, tables = options.pop("record", EngineRecord()), options.pop("devices", [])
+    fleet = Fleet(given.tiers, data.num_clients, given.seed)
+    names = [tier.name for tier in given.tiers]
     return Job(
         work=Work(given.net, algorithm, data.scale, given.seed),
         federation=data,
-        fleet=Fleet(given.tiers, data.num_clients, given.seed),
+        fleet=fleet,
         options=RunOptions(**options),
         config={},
         fingerprint="toy",
         record=record,
+        devices=Devices.of(tables, names, fleet.tier_of, given.seed),
     )
 
 

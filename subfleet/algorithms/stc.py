@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def largest(vector: np.ndarray, p: float, *, ternary: bool = True) -> Sparse:
     [0.0, -0.800000011920929, 0.0, 0.0, 0.0, 0.800000011920929]
     """
     size = len(vector)
-    k = max(1, math.ceil(size * p - 1e-9))  # 0.07 * 100 is 7, although it rounds above it
+    k = _sent(size, p)
     magnitude = np.abs(vector)
     rank = np.where(np.isnan(magnitude), np.inf, magnitude)  # a NaN is sent, never hidden
     least = np.partition(rank, size - k)[size - k]
@@ -184,7 +185,7 @@ class STC(OneNetwork):
         down = self.bytes_down(state, cohort.last_round)
         return RoundPlan(
             [
-                replace(task, weight=1.0, bytes_down=sent)
+                replace(task, weight=1.0, bytes_down=sent, bytes_up=self._most_up)
                 for task, sent in zip(work, down.tolist(), strict=True)
             ],
             {0: state["params"]},
@@ -202,6 +203,15 @@ class STC(OneNetwork):
         behind = up_to[-1] - up_to[np.maximum(last_round - 1, 0)]
         missed = np.where(last_round < 0, dense, np.minimum(behind, dense))
         return missed + _dense_bytes(net.fresh_statistics(self.network))
+
+    @cached_property
+    def _most_up(self) -> int:
+        """Bytes of the longest message of a client."""
+        net, p = self.setting.net, _fraction(self.p_up)
+        sizes = [zero.numel() for zero in self._zeros().values()]
+        sizes = sizes if self.per_tensor else [sum(sizes)]
+        most = sum(golomb.most_bytes(n, _sent(n, p), ternary=self.ternary) for n in sizes)
+        return most + _dense_bytes(net.fresh_statistics(self.network))
 
     def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
         """Adds the compressed mean change, and averages BatchNorm's statistics."""
@@ -223,11 +233,20 @@ class STC(OneNetwork):
             "messages": np.append(state["messages"], num_bytes),
         }
 
+    def idle(self, state: State) -> State:
+        """Nothing changed, and a round's message of no bytes: `messages` has one a round."""
+        return state | {"messages": np.append(state["messages"], 0)}
+
     def _zeros(self) -> Params:
         """Zeros for every parameter of the network, float32; none for statistics."""
         net = self.setting.net
         shapes = net.space.slice_shapes(self.network)
         return {n: torch.zeros(s) for n, s in shapes.items() if n not in net.statistics}
+
+
+def _sent(size: int, p: float) -> int:
+    """k: how many of so many entries are sent."""
+    return max(1, math.ceil(size * p - 1e-9))  # 0.07 * 100 is 7, although it rounds above it
 
 
 def _fraction(p: float | str) -> float:

@@ -222,7 +222,11 @@ class Algorithm(ABC):
         """Which client trains which sub-network from which tree."""
 
     def server_step(self, state: State, plan: RoundPlan, reduced: Reduced) -> State:
-        """The next state; by default the indexed mean, which keeps what nobody covered."""
+        """The next state; by default the indexed mean, which keeps what nobody covered.
+
+        `plan` holds the tasks of those who were trained: one that is too late for the round's
+        deadline, or fails, is not among them.
+        """
         del plan
         if not isinstance(reduced, Update):
             raise InputError(
@@ -231,6 +235,10 @@ class Algorithm(ABC):
                 'which `reduced` is a list of Collected, or let the phase say "sum"'
             )
         return state | {"params": finish(reduced, self.setting.net.space, state["params"])}
+
+    def idle(self, state: State) -> State:
+        """The next state where not one client arrived: by default it stays as it is."""
+        return state
 
     def model(self, state: State) -> Params:
         """The super-network to evaluate, publish and export."""

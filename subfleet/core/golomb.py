@@ -77,6 +77,18 @@ def encode(sparse: Sparse) -> bytes:
     return _HEAD.pack(k, rice) + magnitude + np.packbits(bits).tobytes()
 
 
+def most_bytes(size: int, k: int, *, ternary: bool = True) -> int:
+    """The length of the longest code of a vector of `size` entries, of which k are not zero.
+
+    >>> most_bytes(1_000, 10)
+    21
+    """
+    rice = rice_bits(k / size) if 0 < k < size else 0
+    # The quotients together are at most that of all gaps, which hold the zeros before a non-zero.
+    bits = k if k == size else k * (rice + 2) + ((size - k) >> rice)
+    return _HEAD.size + 4 * (1 if ternary else k) + -(-bits // 8)
+
+
 def decode(code: bytes, size: int, *, ternary: bool = True) -> Sparse:
     """The vector of `size` entries that a code holds; `ternary` where it has one magnitude.
 

@@ -192,7 +192,8 @@ class ClientTask:
     """One client's work: which sub-network, with which weight, from which shared tree.
 
     `bytes_down` is given by an algorithm that sends something else than the slice: all of
-    its bytes. `steps` stands in for its stream's number of them: of a client that has time
+    its bytes. `bytes_up` likewise: the most that the client sends back, by which its time is
+    planned. `steps` stands in for its stream's number of them: of a client that has time
     for fewer, say.
     """
 
@@ -206,6 +207,7 @@ class ClientTask:
     shared: int = 0  # which tree of RoundPlan.shared it starts from
     bytes_down: int | None = None
     steps: int | None = None
+    bytes_up: int | None = None
 
 
 @dataclass(frozen=True)

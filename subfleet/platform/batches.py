@@ -73,6 +73,28 @@ def steps(
     return [batch for batch in cut[offset : offset + wanted] if len(batch) >= min_batch]
 
 
+def count(stream: Stream, num_samples: int, *, round: int, min_batch: int = 1) -> tuple[int, int]:
+    """How many batches `steps` gives and how many rows these hold, without drawing any.
+
+    >>> count(Stream(batch=20, epochs=2), 50, round=1)
+    (6, 100)
+    """
+    rows = stream.rows(num_samples)
+    if rows == 0:
+        return 0, 0
+    size = rows if stream.batch is None else min(stream.batch, rows)
+    per_pass, rest = -(-rows // size), rows % size or size
+    wanted = stream.num_steps(num_samples)
+    first = (round - 1) * wanted if stream.spans_rounds else 0
+    short = (first + wanted) // per_pass - first // per_pass  # last batches of passes
+    full = wanted - short
+    found = ((full, size), (short, rest))
+    return (
+        sum(many for many, each in found if each >= min_batch),
+        sum(many * each for many, each in found if each >= min_batch),
+    )
+
+
 def padded(schedules: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """The steps of K clients as one array, for clients side by side.
 

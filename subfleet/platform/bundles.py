@@ -117,6 +117,11 @@ def passes(program: ClientProgram) -> float:
     return program.passes if isinstance(program, StepProgram) else 1.0
 
 
+def flops(program: ClientProgram, macs: int, rows: int) -> float:
+    """What training on so many rows costs a client; `macs` are those of one forward pass."""
+    return float(BACKWARD * macs * rows * passes(program))
+
+
 def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> float:
     """Nominal seconds of a client's training; `macs` are those of one forward pass."""
     if isinstance(program, RunProgram):

@@ -146,9 +146,10 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "sim_seconds",
         "float",
         "s",
-        "Simulated time of the round on the fleet's devices.",
+        "Simulated time of the round on the fleet's devices, waiting for the first included.",
         "cost/sim_seconds",
     ),
+    Column("sim_time", "float", "s", "Simulated time since the start of the run.", "cost/sim_time"),
     Column(
         "energy_j", "float", "J", "Simulated energy of all clients of the round.", "cost/energy_j"
     ),
@@ -178,15 +179,29 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "dropped",
         "int",
         "clients",
-        "Clients that dropped out: charged, not trained.",
+        "Clients that failed or left: charged, not trained.",
         "fleet/dropped",
     ),
     Column(
         "late",
         "int",
         "clients",
-        "Clients too late for the round's deadline, not merged.",
+        "Clients not among the first, or after the round's deadline: charged, not trained.",
         "fleet/late",
+    ),
+    Column(
+        "drop_rate",
+        "float",
+        "0–1",
+        "`dropped` as a share of the round's clients.",
+        "fleet/drop_rate",
+    ),
+    Column(
+        "straggler_rate",
+        "float",
+        "0–1",
+        "`late` as a share of the round's clients.",
+        "fleet/straggler_rate",
     ),
 )
 
@@ -213,8 +228,15 @@ CLIENTS_COLUMNS: tuple[Column, ...] = (
         "status",
         "string",
         "1",
-        "`ok`, or why it was not merged: `skipped` (non-finite), `dropped`, `late`.",
+        "`ok`, or why it was not merged: `skipped` (non-finite), `late`, `failed`, `unavailable`.",
     ),
+    Column(
+        "sim_seconds",
+        "float64",
+        "s",
+        "Simulated time from the round's start until it arrived, failed, left or was given up.",
+    ),
+    Column("energy_j", "float64", "J", "Simulated energy of its computing and messages."),
 )
 
 _ARROW = {

@@ -31,14 +31,7 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform import own as own_networks
-from subfleet.platform.bundles import (
-    BACKWARD,
-    BundleResult,
-    EvalBundle,
-    TrainBundle,
-    Trial,
-    passes,
-)
+from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle, Trial, flops
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.memory import OutOfMemory, charged_to, keep_freed_memory
 from subfleet.platform.record import Choice, candidates, variant_name
@@ -327,7 +320,7 @@ class _Tally:
         params, macs, map_bytes = self._cost(map)
         # What it trained, which may be more than what it returns.
         trained_macs = macs if map is task.map else self._cost(task.map)[1]
-        flops = float(BACKWARD * trained_macs * trained.rows * passes(self.program))
+        spent = flops(self.program, trained_macs, trained.rows)
         sent = 4 * sum(value.numel() for value in result.update.values())
         if healthy:
             if self.update is not None:
@@ -353,7 +346,7 @@ class _Tally:
                 "seconds": seconds,
                 "params": params,
                 "macs": macs,
-                "flops": flops if result.flops is None else float(result.flops),
+                "flops": spent if result.flops is None else float(result.flops),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 # What an algorithm encodes itself has no map but its own.
                 "bytes_map": map_bytes if result.wire_bytes is None else 0,

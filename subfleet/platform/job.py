@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
 
 from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation, split_of
+from subfleet.platform.devices import Devices
 from subfleet.platform.engine import Work
 from subfleet.platform.fleet import Fleet
 from subfleet.platform.record import Dtype, Engine, EngineRecord
 from subfleet.platform.start import Start
+
+_SLACK = 1e-9  # 10 * 1.1 are 11 clients, although the product rounds above it
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class RunOptions:
     engine: Engine = "auto"
     dtype: Dtype = "float32"
     compile: bool = False
+    deadline: float | None = None
+    over_select: float = 1.0
     eval_every: int = 5
     eval_clients: int = 1000
     held_out: float = 0.2
@@ -49,6 +55,7 @@ class Job:
     fingerprint: str
     record: EngineRecord = field(default_factory=EngineRecord)
     start: Start | None = None  # freshly drawn parameters otherwise
+    devices: Devices | None = None  # no simulated time otherwise
 
     @property
     def streams(self) -> bool:
@@ -61,6 +68,10 @@ class Job:
         """Ids of the clients that train, and of those held out to measure."""
         return split_of(self.federation, self.work.seed, self.options.held_out)
 
+    def asked(self, wanted: int) -> int:
+        """How many clients are asked so that so many train; more only where devices may be late."""
+        return ceil(wanted * self.options.over_select - _SLACK) if self.devices else wanted
+
     def __post_init__(self) -> None:
         training, held = map(len, self.split)
         if self.options.cohort > training:
@@ -68,4 +79,10 @@ class Job:
                 f"run.cohort={self.options.cohort} is more than the {training} clients that train "
                 f"({held} of {self.federation.num_clients} are held out to measure); "
                 f"set it to at most {training}"
+            )
+        if (asked := self.asked(self.options.cohort)) > training:
+            raise InputError(
+                f"run.over_select={self.options.over_select:g} asks {asked} clients for a cohort "
+                f"of {self.options.cohort}, and {training} clients train; set it to at most "
+                f"{training / self.options.cohort:g}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from subfleet.core.algorithm import Reduced, RoundPlan
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform.bundles import BundleResult
-from subfleet.platform.engine import OK
+from subfleet.platform.engine import OK, SKIPPED
 
 _UPLOADED = (
     *("client", "num_samples", "loss", "acc_local", "seconds", "params", "macs", "flops"),
@@ -66,12 +66,14 @@ def client_columns(
     results: Sequence[BundleResult],
     tier_names: Sequence[str],
     bytes_down: Mapping[int, tuple[int, int]],
+    charged: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """The columns of `clients/` for one round, a row per client, in bundle order.
 
-    Also `bytes_map`, both ways together, which the parts do not hold.
+    Also `bytes_map`, both ways together, which the parts do not hold. `charged` is the table
+    of those who did not train; they come last.
     """
-    tables = [result.table for result in results]
+    tables = [*(result.table for result in results), *([charged] if charged else [])]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _UPLOADED}
     tiers = np.concatenate([table["tier"] for table in tables])
     columns["tier"] = np.array(tier_names)[tiers]
@@ -148,6 +150,7 @@ def round_record(
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl` but its `seconds`; takes `bytes_map` out of the columns."""
     merged = columns["status"] == OK
+    trained = np.isin(columns["status"], (OK, SKIPPED))
     samples = columns["num_samples"][merged]
     seen = merged & ~np.isnan(columns["loss"])
     weights = columns["num_samples"][seen]
@@ -164,7 +167,7 @@ def round_record(
         "bytes_down": int(columns["bytes_down"].sum()),
         "bytes_map": int(columns.pop("bytes_map").sum()),
         "flops": float(columns["flops"].sum()),
-        "clients_per_s": len(merged) / trained_s,
+        "clients_per_s": int(trained.sum()) / trained_s,
         "retries": retries,
         "out_of_memory": out_of_memory,
         "dropped": 0,
@@ -188,21 +191,39 @@ def mean_cost(columns: Mapping[str, np.ndarray]) -> tuple[float, float]:
     return float(columns["params"].mean()), float(columns["macs"].mean())
 
 
-def bytes_down(net: SuperNetwork, plan: RoundPlan) -> dict[int, tuple[int, int]]:
-    """What each client downloads: (all bytes, the map's part)."""
-    cache: dict[tuple[int, bytes], tuple[int, int]] = {}
-    out = {}
+class Sent(NamedTuple):
+    """Bytes that a task's client downloads, the map's part of them, and what it sends at most."""
+
+    down: int
+    map: int
+    up: int
+
+
+def sent(net: SuperNetwork, plan: RoundPlan) -> list[Sent]:
+    """What each task's client is sent and may send, in order of the tasks.
+
+    Both ways that is the dense sub-network and its map, where the task does not say otherwise.
+    """
+    cache: dict[tuple[int, bytes], Sent] = {}
+    out = []
     for task in plan.tasks:
-        if task.bytes_down is not None:
-            out[task.client] = (task.bytes_down, 0)
-            continue
         key = (task.shared, task.map.key)
         if key not in cache:
-            sent = net.space.cut_numel(plan.shared[task.shared], task.map)
+            entries = net.space.cut_numel(plan.shared[task.shared], task.map)
             map_bytes = task.map.wire_bytes(net.space)
-            cache[key] = (4 * sent + map_bytes, map_bytes)
-        out[task.client] = cache[key]
+            dense = 4 * entries + map_bytes
+            cache[key] = Sent(dense, map_bytes, dense)
+        found = cache[key]
+        if task.bytes_down is not None:
+            found = found._replace(down=task.bytes_down, map=0)
+        out.append(found if task.bytes_up is None else found._replace(up=task.bytes_up))
     return out
+
+
+def bytes_down(net: SuperNetwork, plan: RoundPlan) -> dict[int, tuple[int, int]]:
+    """What each client downloads: (all bytes, the map's part)."""
+    messages = zip(plan.tasks, sent(net, plan), strict=True)
+    return {task.client: (message.down, message.map) for task, message in messages}
 
 
 def coverage_counts(net: SuperNetwork, reduced: Reduced) -> dict[str, np.ndarray]:

@@ -31,18 +31,56 @@ class Roster:
         """Tier names by index."""
         return [tier.name for tier in self._job.fleet.tiers]
 
-    def drawn(self, phase: Phase, round: int) -> np.ndarray:
-        """Who trains in a round, in order: a function of the seed, the round and who may."""
-        pool = self._pool(phase.eligible)
+    def wanted(self, phase: Phase) -> int:
+        """How many clients are to train in a round."""
         size = self._job.options.cohort
         if phase.fraction is not None:
-            size = max(1, int(phase.fraction * len(pool) + 0.5))
-        generator = seeds.generator(self._seed, "cohort", round=round)
-        return np.sort(pool[generator.choice(len(pool), min(size, len(pool)), replace=False)])
+            size = max(1, int(phase.fraction * len(self._pool(phase.eligible)) + 0.5))
+        return size
 
-    def cohort(self, phase: Phase, round: int) -> Cohort:
-        """The clients of a round, and what is known of each."""
-        ids = self.drawn(phase, round)
+    def drawn(self, phase: Phase, round: int) -> np.ndarray:
+        """Who trains in a round, in order: a function of the seed, the round and who may.
+
+        More are asked than wanted where devices may fail or be late (`run.over_select`).
+        """
+        pool = self._pool(phase.eligible)
+        generator = seeds.generator(self._seed, "cohort", round=round)
+        size = min(self._asked(phase), len(pool))
+        return np.sort(pool[generator.choice(len(pool), size, replace=False)])
+
+    def _asked(self, phase: Phase) -> int:
+        return self._job.asked(self.wanted(phase))
+
+    def present(self, phase: Phase, round: int, time: float) -> tuple[np.ndarray, float]:
+        """Who is asked of those who are there at a simulated time, and how long was waited.
+
+        Where nobody is there, until the first one comes.
+        """
+        devices = self._job.devices
+        if devices is None or not devices.come_and_go:
+            return self.drawn(phase, round), 0.0
+        pool, size = self._pool(phase.eligible), self._asked(phase)
+        # Few of many clients are looked at, and more only where too few of them are there.
+        some = min(4 * size, len(pool))
+        while True:
+            generator = seeds.generator(self._seed, f"cohort of {some}", round=round)
+            ids = pool[generator.choice(len(pool), some, replace=False)]
+            opens, _ = devices.presence(ids, self._job.fleet.tier_of[ids], time)
+            there = np.flatnonzero(opens == 0)
+            if len(there) >= size or some == len(pool):
+                break
+            some = min(4 * some, len(pool))
+        wait = 0.0 if len(there) else float(opens.min())
+        if np.isinf(wait):
+            raise InputError(
+                f"round {round}: none of {len(pool)} training clients is ever available; give some "
+                "a window in fleet.device.available or in the trace's column `available`"
+            )
+        return np.sort(ids[np.flatnonzero(opens <= wait)[:size]]), wait
+
+    def cohort(self, phase: Phase, round: int, ids: np.ndarray | None = None) -> Cohort:
+        """The clients of a round (`drawn`, or the ones given), and what is known of each."""
+        ids = self.drawn(phase, round) if ids is None else ids
         federation = self._job.federation
         return Cohort(
             id=ids,

@@ -55,6 +55,7 @@ from subfleet.platform.record import EngineRecord
 from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
+from subfleet.platform.simulated import simulate
 from subfleet.platform.stretches import stretches
 from subfleet.platform.tracefiles import TraceFiles
 from subfleet.platform.tuner import Tuner
@@ -86,6 +87,7 @@ class Rounds:
         self.phase_name = ""
         self.state: State = {}
         self.mean_cost = (float("nan"), float("nan"))  # of the last round's clients
+        self.sim_time = 0.0  # seconds on the fleet's devices; 0 where they have no profile
         self._saved = 0  # the round of the newest checkpoint
         self._settled = False  # whether the state is that of `done` whole rounds
         self._stopping = False
@@ -218,16 +220,25 @@ class Rounds:
             state = self.state
             if phase.name != self.phase_name:
                 state = self.algorithm.enter(phase, state)
-            cohort = self.roster.cohort(phase, round)
-            plan = self.algorithm.plan(state, cohort, round)
+            asked, wait = self.roster.present(phase, round, self.sim_time)
+            planned = self.algorithm.plan(state, self.roster.cohort(phase, round, asked), round)
+            wanted = self.roster.wanted(phase)
+            at = {"time": self.sim_time, "wait": wait, "wanted": wanted}
+            outcome = simulate(self.job, phase, planned, round, **at)
+            plan = outcome.arriving(planned) if outcome else planned
         bundles, results, reduced, narrowed = self._trained(phase, plan, round, measured)
         self._refuse_nan(round, results)
         with self.clock.phase("server"):
-            state = self.algorithm.server_step(state, plan, reduced)
+            if plan.tasks:
+                state = self.algorithm.server_step(state, plan, reduced)
+            else:
+                state = self.algorithm.idle(state)
         trained_s = perf_counter() - started
         evaluated = self._evaluate(round, state, bundles, results) if measured else None
         with self.clock.phase("metrics"):
-            rows = client_columns(results, self.roster.tier_names, bytes_down(self.net, plan))
+            down = bytes_down(self.net, planned)
+            charged = outcome.charged(self.net) if outcome else None
+            rows = client_columns(results, self.roster.tier_names, down, charged)
             coverage = coverage_counts(self.net, reduced)
             record = round_record(
                 round,
@@ -240,12 +251,16 @@ class Rounds:
                 out_of_memory=narrowed,
                 trained_s=trained_s,
             )
+            if outcome:
+                rows |= outcome.columns(rows)
+                record |= outcome.record(rows)
             self.traces.write(round, [result.traces for result in results])
         # All that the next round follows from changes here, at once.
         self._settled = False
         with self.clock.phase("server"):
             self.state, self.phase_name = state, phase.name
             self._remember(round, bundles, results)
+            self.sim_time = record.get("sim_time", self.sim_time)
             self.mean_cost = mean_cost(rows)
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
@@ -253,6 +268,9 @@ class Rounds:
     def _upcoming(self, round: int) -> Upcoming:
         """What the clients of a round will read, those of a tier, and so of a bundle, together."""
         phase = self.algorithm.phase(round)
+        if self.job.devices is not None and self.job.devices.come_and_go:
+            # Who is there then depends on how long the rounds before will last.
+            return Upcoming(np.empty(0, np.int64), ())
         ids = self.roster.drawn(phase, round)
         tier = self.job.fleet.tier_of[ids]
         parts = parts_needed(phase.program, self._evaluation_due(round))
@@ -321,7 +339,7 @@ class Rounds:
             results[result.number] = replace(result, update=None)
         whole = [result for result in results if result is not None]
         if not collect:
-            return whole, tree.result()
+            return whole, tree.result() if bundles else Update()
         position = {task.client: i for i, task in enumerate(plan.tasks)}
         collected = [item for result in whole for item in result.collected or ()]
         return whole, sorted(collected, key=lambda item: position[item.task.client])
@@ -412,6 +430,7 @@ class Rounds:
             "phase": self.phase_name,
             "roster": self.roster.to_state(),
             "mean_cost": self.mean_cost,
+            "sim_time": self.sim_time,
             "engine": self.tuner.record.to_json(),
         }
         checkpoint.save(
@@ -445,6 +464,7 @@ class Rounds:
         self.phase_name = found.state["phase"]
         self.roster.restore(found.state["roster"])
         self.mean_cost = found.state["mean_cost"]
+        self.sim_time = found.state.get("sim_time", 0.0)
         if self.algorithm.keeps:
             self.kept.restore(found.path / "kept")
 

@@ -156,20 +156,22 @@ class RunFolder:
         fingerprint: str,
         data: Mapping[str, Any] | None = None,
         start: Mapping[str, Any] | None = None,
+        traces: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Start a run in a folder that is absent or empty.
 
         `data` says what the run trains on (see `datasets.federation.identity`), `start`
-        which former run it begins with (see `start.Start.facts`); a resume compares
-        both. Raises `InputError` for a folder that holds another run
-        or foreign files, or that cannot be written.
+        which former run it begins with (see `start.Start.facts`), `traces` by which traces
+        its devices are (see `devices.Devices.facts`); a resume compares them. Raises
+        `InputError` for a folder that holds another run or foreign files, or that cannot be
+        written.
         """
         where = Path(path).absolute()
         _refuse_used(Path(path))
         folder = cls(where, fingerprint, made=not where.exists())
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder._write_start(config_toml, data, start)
+            folder._write_start(config_toml, data, start, traces)
         except OSError as error:
             raise InputError(
                 f"--out {path}: cannot be written ({error.strerror}); choose another --out"
@@ -184,9 +186,11 @@ class RunFolder:
         config_toml: str,
         data: Mapping[str, Any] | None,
         start: Mapping[str, Any] | None,
+        traces: Mapping[str, Any] | None,
     ) -> None:
         # config.toml last: it is what marks a folder as a run.
-        facts = {"fingerprint": self.fingerprint, "data": data, "start": start, **environment()}
+        given = {"data": data, "start": start, "traces": traces}
+        facts = {"fingerprint": self.fingerprint, **given, **environment()}
         write_atomic(self.environment, json_bytes(facts, indent=2))
         self.checkpoints.mkdir()
         self.clients.mkdir()
@@ -221,13 +225,14 @@ class RunFolder:
         config_toml: str | None = None,
         data: Mapping[str, Any] | None = None,
         start: Mapping[str, Any] | None = None,
+        traces: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Take up a run again.
 
         Raises `InputError` when there is no run, or when it is of another
         experiment; with `config_toml` the message names the first keys that differ.
         With `data` also when it was trained on other data, with `start` when it began with
-        other weights or reports.
+        other weights or reports, with `traces` when a trace holds other devices by now.
         """
         folder = cls(Path(path).absolute(), fingerprint)
         if not folder.config.is_file():
@@ -249,6 +254,9 @@ class RunFolder:
         if start is not None:
             began = facts.get("start") or {}
             _refuse_other(path, "from another start", "former run", began, start)
+        if traces is not None:
+            known = facts.get("traces") or {}
+            _refuse_other(path, "with another trace of devices", "trace", known, traces)
         folder.checkpoints.mkdir(exist_ok=True)
         folder.clients.mkdir(exist_ok=True)
         return folder

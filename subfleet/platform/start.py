@@ -131,10 +131,13 @@ def _reports(
 
 
 def _clients(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted key all that says whose data a client id has, and what its device affords."""
+    """By dotted key all that says whose data a client id has, and what its device affords.
+
+    How fast the device is says nothing of either.
+    """
     # Options tell the samples only of data that cannot do so themselves: a folder may move.
     options = {} if "fingerprint" in data else config.get("data", {})
     seed = config.get("run", {}).get("seed")
-    return flat(
-        {"data": {**options, **data}, "fleet": config.get("fleet", {}), "run": {"seed": seed}}
-    )
+    fleet = config.get("fleet", {})
+    tiers = [{k: v for k, v in tier.items() if k != "device"} for tier in fleet.get("tiers", [])]
+    return flat({"data": {**options, **data}, "fleet": {"tiers": tiers}, "run": {"seed": seed}})

@@ -229,6 +229,40 @@ def test_the_cohort_sees_its_own_plan(name):
     assert set(made.views(state)) == {"global"} | {f"w{w}" for w in WIDTHS}
 
 
+# --- simulated time ------------------------------------------------------------------------
+
+
+@each_algorithm
+@each_net
+def test_what_is_planned_is_what_is_charged_and_uploads_are_no_longer(name, net, tmp_path):
+    """A device of one FLOP a second takes its FLOPs, one of a byte a second its bytes at most."""
+    for number, path in (("flops_per_s", "flops"), ("up_bytes_per_s", "bytes_up")):
+        toys.run(job(name, net, devices=[{number: 1}] * 3), tmp_path / path)
+        table = rows(tmp_path / path)
+        assert set(table["status"]) == {"ok"}
+        if path == "flops":
+            assert table["sim_seconds"] == table["flops"]
+        else:
+            assert (np.array(table["sim_seconds"]) >= np.array(table["bytes_up"])).all()
+
+
+@each_algorithm
+def test_late_and_failed_clients_are_in_nobodys_way(name, tmp_path):
+    devices = [{"up_bytes_per_s": {"lognormal": [100, 1.0]}, "failure_rate": 0.2}] * 3
+    options = {"cohort": 6, "over_select": 1.5, "deadline": 8.0, "devices": devices}
+    if registry.algorithms()[name].pools:
+        options |= {"cohort": 12, "over_select": 1.0}
+    made = job(name, "norm", **options)
+    digest = toys.run(made, tmp_path / "one")["params_sha256"]
+    assert toys.run(made, tmp_path / "three", workers=3)["params_sha256"] == digest
+    status = rows(tmp_path / "one")["status"]
+    assert {"ok", "late", "failed"} <= set(status)
+    seen = list(read_metrics(tmp_path / "one" / "metrics.jsonl"))
+    assert sum(r["clients"] for r in seen) == status.count("ok")
+    assert sum(r["late"] for r in seen) == status.count("late")
+    assert sum(r["dropped"] for r in seen) == status.count("failed")
+
+
 # --- what indexed averaging has in common --------------------------------------------------
 
 

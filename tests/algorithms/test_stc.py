@@ -392,3 +392,13 @@ def test_sparsities_by_name():
     assert int(received["fc.weight"].count_nonzero()) == 4  # 0.1582 * 20 = 3.2
     with pytest.raises(InputError, match=r"algorithm\.p_up = 'adds'"):
         check_options("algorithm", STC, {"p_up": "adds"}, frozenset({"setting"}))
+
+
+@pytest.mark.parametrize("options", [{}, {"per_tensor": False}, {"ternary": False, "p_up": 0.1}])
+def test_uploads_are_planned_within_a_tenth_and_never_too_short(options, tmp_path):
+    algorithm = STC(toys.setting(toys.mlp(64, (64, 64), norm=True), rounds=2), **options)
+    job = toys.job(algorithm, toys.federation(SIZES, (64,), 3), devices=[{"up_bytes_per_s": 1}])
+    toys.run(job, tmp_path / "run")
+    table = ClientsLog(tmp_path / "run" / "clients").read().to_pydict()
+    for planned, sent in zip(table["sim_seconds"], table["bytes_up"], strict=True):
+        assert sent <= planned <= 1.1 * sent

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subfleet.core.errors import InputError
-from subfleet.core.golomb import Sparse, decode, encode, position_bits, rice_bits
+from subfleet.core.golomb import Sparse, decode, encode, most_bytes, position_bits, rice_bits
 
 
 def sparse(size, positions, negative=None, magnitude=(0.5,)):
@@ -178,3 +178,14 @@ def test_any_bytes_decode_or_are_refused(code, size, ternary):
         return
     assert value.dense().shape == (size,)
     assert (np.diff(value.positions) > 0).all()
+
+
+@given(size=st.integers(1, 400), data=st.data(), ternary=st.booleans())
+def test_no_code_is_longer_than_the_longest(size, data, ternary):
+    positions = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
+    k = len(positions)
+    magnitude = (0.5,) if ternary else (0.5,) * k
+    code = encode(sparse(size, positions, magnitude=magnitude))
+    last = encode(sparse(size, range(size - k, size), magnitude=magnitude))
+    longest = most_bytes(size, k, ternary=ternary)
+    assert len(code) <= longest == len(last), "all zeros before the first"

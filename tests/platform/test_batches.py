@@ -114,3 +114,21 @@ def test_padded_marks_real_rows_and_pads_with_row_zero():
 def test_num_steps_is_what_is_scheduled(stream):
     for n in (1, 6, 7, 8, 50):
         assert len(order(stream, n)) == stream.num_steps(n)
+
+
+@given(
+    n=st.integers(0, 60),
+    size=st.none() | st.integers(1, 25),
+    steps=st.none() | st.integers(1, 12),
+    round=st.integers(1, 4),
+    min_batch=st.integers(1, 2),
+    spans=st.booleans(),
+    cut=st.sampled_from([(0.0, 1.0), (0.1, 0.9), (0.0, 0.1)]),
+)
+def test_steps_and_rows_are_counted_without_drawing_them(
+    n, size, steps, round, min_batch, spans, cut
+):
+    stream = Stream(batch=size, epochs=2, steps=steps, spans_rounds=spans, skip=cut[0], take=cut[1])
+    drawn = order(stream, n, round=round, min_batch=min_batch)
+    counted = batches.count(stream, n, round=round, min_batch=min_batch)
+    assert counted == (len(drawn), sum(map(len, drawn)))
