@@ -7,32 +7,27 @@ It runs over any executor and knows nothing of Ray. The result is a function of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from itertools import count
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from subfleet.core import aggregate
-from subfleet.core.aggregate import Update
-from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
+from subfleet.core.algorithm import State
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.core.program import ClientTask, Params, RunProgram
 from subfleet.datasets.tables import Upcoming
-from subfleet.platform import bundles as bundling
 from subfleet.platform import checkpoint
-from subfleet.platform.bundles import BundleResult, Own, TrainBundle
+from subfleet.platform.bundles import BundleResult, TrainBundle
 from subfleet.platform.clock import PhaseClock
+from subfleet.platform.dispatch import Dispatch, kept_rows
 from subfleet.platform.engine import SKIPPED, parts_needed
 from subfleet.platform.executor import Executor
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
 from subfleet.platform.kept import KeptStore
 from subfleet.platform.measure import (
-    Evaluated,
     bytes_down,
     client_columns,
     coverage_counts,
@@ -40,7 +35,6 @@ from subfleet.platform.measure import (
     mean_cost,
     round_record,
 )
-from subfleet.platform.memory import OutOfMemory
 from subfleet.platform.metrics import (
     ClientsLog,
     MetricsLog,
@@ -48,11 +42,8 @@ from subfleet.platform.metrics import (
     params_sha256,
     summarise,
     tell,
-    tell_progress,
 )
-from subfleet.platform.notes import engine_notes
 from subfleet.platform.record import EngineRecord
-from subfleet.platform.reduce import ReductionTree
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.simulated import simulate
@@ -79,10 +70,12 @@ class Rounds:
         self.options = job.options
         self.roster = Roster(job)
         self.clock = PhaseClock()
-        self.kept: KeptStore  # of an algorithm that keeps something, while it runs
         self.traces: TraceFiles  # while it runs
         self.warnings: tuple[str, ...] = ()
         self.tuner = Tuner(job, executor, folder)
+        self.hosts = Dispatch(
+            job, executor, self.tuner, self.roster, self.clock, observers, self._heed_stop
+        )
         self.done = 0
         self.phase_name = ""
         self.state: State = {}
@@ -91,7 +84,11 @@ class Rounds:
         self._saved = 0  # the round of the newest checkpoint
         self._settled = False  # whether the state is that of `done` whole rounds
         self._stopping = False
-        self._told = 0  # entries of the engine record that observers know of
+
+    @property
+    def kept(self) -> KeptStore:
+        """What clients keep, of an algorithm that keeps something, while the run goes on."""
+        return self.hosts.kept
 
     # --- the whole run -----------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ class Rounds:
             self.traces = TraceFiles(self.folder.traces)
             if self.algorithm.keeps:
                 # It empties its folder: only under the lock.
-                self.kept = KeptStore(self.folder.kept)
+                self.hosts.kept = KeptStore(self.folder.kept)
                 stack.callback(self.kept.close)
             self._restore()
             metrics.truncate(self.done)
@@ -183,14 +180,7 @@ class Rounds:
         }
         for observer in self.observers:
             observer.on_start(info)
-        self._told = len(self.tuner.record.choices)
-
-    def _tell_choices(self) -> None:
-        """Tells observers what has been added to the engine record."""
-        choices = self.tuner.record.choices
-        for text in engine_notes(choices[: self._told], choices[self._told :]):
-            tell(self.observers, text)
-        self._told = len(choices)
+        self.hosts.told = len(self.tuner.record.choices)
 
     def _finish(self, metrics: MetricsLog, *, finished: bool) -> dict[str, Any]:
         model = self.algorithm.model(self.state)
@@ -226,7 +216,7 @@ class Rounds:
             at = {"time": self.sim_time, "wait": wait, "wanted": wanted}
             outcome = simulate(self.job, phase, planned, round, **at)
             plan = outcome.arriving(planned) if outcome else planned
-        bundles, results, reduced, narrowed = self._trained(phase, plan, round, measured)
+        bundles, results, reduced, narrowed = self.hosts.train(phase, plan, round, measured)
         self._refuse_nan(round, results)
         with self.clock.phase("server"):
             if plan.tasks:
@@ -234,7 +224,7 @@ class Rounds:
             else:
                 state = self.algorithm.idle(state)
         trained_s = perf_counter() - started
-        evaluated = self._evaluate(round, state, bundles, results) if measured else None
+        evaluated = self.hosts.evaluate(round, state, bundles, results) if measured else None
         with self.clock.phase("metrics"):
             down = bytes_down(self.net, planned)
             charged = outcome.charged(self.net) if outcome else None
@@ -276,77 +266,6 @@ class Rounds:
         parts = parts_needed(phase.program, self._evaluation_due(round))
         return Upcoming(ids[np.argsort(tier, kind="stable")], tuple(sorted(parts)))
 
-    def _bundles(
-        self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool
-    ) -> list[TrainBundle]:
-        choices = self.tuner.choices(phase, plan, round)
-        per = self.options.bundle_clients
-        if not per and isinstance(phase.program, RunProgram):
-            per = 1  # a search takes seconds or minutes, and returns no sum
-        number = -(-len(plan.tasks) // per) if per else None
-        maps = {task.map.key: task.map for task in plan.tasks}
-        macs = {key: self.net.cost(map).macs for key, map in maps.items()}
-
-        def predicted(task: ClientTask) -> float:
-            return bundling.predicted_seconds(phase.program, task, macs[task.map.key])
-
-        cut = bundling.cut(
-            plan.tasks, predicted, number, round=round, choices=choices, local_test=local_test
-        )
-        if self.algorithm.keeps:
-            for bundle in cut:
-                bundle.own.extend(self.kept.read(bundle.ids))
-        return cut
-
-    def _trained(
-        self, phase: Phase, plan: RoundPlan, round: int, measured: bool
-    ) -> tuple[list[TrainBundle], list[BundleResult], Reduced, int]:
-        """The round's work, begun anew with fewer clients side by side while memory runs out.
-
-        Nothing of the state has changed until then. The last value: how often that was so.
-        """
-        for narrowed in count():
-            with self.clock.phase("plan"):
-                bundles = self._bundles(phase, plan, round, local_test=measured)
-            self._tell_choices()
-            try:
-                results, reduced = self._train(bundles, plan, collect=phase.reduction == "collect")
-            except OutOfMemory as error:
-                self.tuner.narrow(error.variant, round)
-            else:
-                return bundles, results, reduced, narrowed
-        raise AssertionError("unreachable")
-
-    def _train(
-        self, bundles: list[TrainBundle], plan: RoundPlan, *, collect: bool
-    ) -> tuple[list[BundleResult], Reduced]:
-        results: list[BundleResult | None] = [None] * len(bundles)
-        tree: ReductionTree[Update] = ReductionTree(len(bundles), self._merge)
-        arrivals = self.executor.run(bundles, plan.shared)
-        done = 0
-        while True:
-            tell_progress(self.observers, done, len(plan.tasks))
-            with self.clock.phase("train"):
-                result = next(arrivals, None)
-            if result is None:
-                break
-            if result.update is not None:
-                with self.clock.phase("reduce"):
-                    tree.add(result.number, result.update)
-            self._heed_stop()
-            done += len(bundles[result.number].tasks)
-            # The partial sum lives on in the tree alone.
-            results[result.number] = replace(result, update=None)
-        whole = [result for result in results if result is not None]
-        if not collect:
-            return whole, tree.result() if bundles else Update()
-        position = {task.client: i for i, task in enumerate(plan.tasks)}
-        collected = [item for result in whole for item in result.collected or ()]
-        return whole, sorted(collected, key=lambda item: position[item.task.client])
-
-    def _merge(self, a: Update, b: Update) -> Update:
-        return aggregate.merge(a, b, self.net.space, reuse=True)
-
     def _refuse_nan(self, round: int, results: Sequence[BundleResult]) -> None:
         if self.options.on_nan == "skip":
             return
@@ -374,7 +293,7 @@ class Rounds:
     ) -> None:
         self.roster.remember(round, bundles, results)
         if self.algorithm.keeps:
-            for ids, trees in _kept(bundles, results):
+            for ids, trees in kept_rows(bundles, results):
                 self.kept.write(ids, trees)
 
     # --- evaluation --------------------------------------------------------------------------
@@ -382,41 +301,6 @@ class Rounds:
     def _evaluation_due(self, round: int) -> bool:
         every = self.options.eval_every
         return round == self.options.rounds or (every > 0 and round % every == 0)
-
-    def _evaluate(
-        self,
-        round: int,
-        state: State,
-        trained: Sequence[TrainBundle],
-        results: Sequence[BundleResult],
-    ) -> Evaluated:
-        with self.clock.phase("evaluate"):
-            ids, part = self.roster.evaluated
-            views = self.algorithm.views(state)
-            own: list[Own] = []
-            if self.algorithm.evaluation.own:
-                # The round is not written down yet: what it changed comes from its results.
-                kept = [None] * len(ids)
-                if self.algorithm.keeps:
-                    kept = self.kept.read_ahead(ids, _kept(trained, results))
-                own = [*map(Own, self.roster.own_maps(ids, views, results), kept)]
-            distinct = {map.key: map for map in (*views.values(), *(o.map for o in own))}
-            macs = {key: self.net.cost(map).macs for key, map in distinct.items()}
-            each = np.full(len(ids), sum(macs[key] for key in {m.key for m in views.values()}))
-            if own:
-                each += np.array([macs[o.map.key] for o in own])
-            bundles = bundling.cut_evaluation(
-                ids,
-                self.job.federation.sizes(ids, part),
-                views,
-                each / bundling.MACS_PER_SECOND,
-                round=round,
-                part=part,
-                own=own,
-            )
-            shared = {0: self.algorithm.model(state)}
-            found = self.executor.run(bundles, shared)
-            return Evaluated.merged(found, views, self.roster.tiers_of)
 
     # --- checkpoint and resume ---------------------------------------------------------------
 
@@ -439,9 +323,12 @@ class Rounds:
             tree,
             fingerprint=self.job.fingerprint,
             keep=self.options.keep_checkpoints,
-            attach=(lambda to: self.kept.snapshot(to / "kept")) if self.algorithm.keeps else None,
+            attach=self._snapshot if self.algorithm.keeps else None,
         )
         self._saved = self.done
+
+    def _snapshot(self, to: Path) -> None:
+        self.kept.snapshot(to / "kept")
 
     def _restore(self) -> None:
         # The file, not the checkpoint: it also holds what was chosen since, or before the first.
@@ -467,12 +354,3 @@ class Rounds:
         self.sim_time = found.state.get("sim_time", 0.0)
         if self.algorithm.keeps:
             self.kept.restore(found.path / "kept")
-
-
-def _kept(
-    bundles: Sequence[TrainBundle], results: Sequence[BundleResult]
-) -> Iterator[tuple[np.ndarray, list[Params]]]:
-    """What clients are to keep, bundle by bundle: one that was left out keeps what it had."""
-    for bundle, result in zip(bundles, results, strict=True):
-        kept = [(i, tree) for i, tree in enumerate(result.kept) if tree is not None]
-        yield bundle.ids[[i for i, _ in kept]], [tree for _, tree in kept]
