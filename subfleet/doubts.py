@@ -13,8 +13,19 @@ def doubts(experiment: Experiment, job: Job) -> list[str]:
     return [
         *_of_the_fleet(experiment, job),
         *job.work.algorithm.doubts(),
+        *_of_the_start(experiment, job),
         *_of_the_engine(experiment, job),
         *_of_the_cohort(experiment, job),
+    ]
+
+
+def _of_the_start(experiment: Experiment, job: Job) -> list[str]:
+    wanted = job.work.algorithm.builds_on
+    if not wanted or job.start is not None:
+        return []
+    return [
+        f"run.start_from is not set, and {experiment.algorithm.name} expects {wanted}: it begins "
+        "with weights drawn at random"
     ]
 
 

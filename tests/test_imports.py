@@ -30,7 +30,7 @@ RAY_IS_USED_IN = {
 }
 # What runs on a device: it knows neither Ray nor where data come from.
 ENGINE = {
-    *("engine", "loop", "mapped", "evaluation", "own", "chunks", "resident", "feed"),
+    *("engine", "loop", "mapped", "evaluation", "own", "chunks", "resident", "slimmed", "feed"),
     *(
         "traces",
         "kernels",

@@ -150,15 +150,13 @@ class FedCS(PartialAveraging):
 
     @cached_property
     def _ends(self) -> dict[PhaseName, int]:
-        """The last round of each phase, in order; the last phase ends with the run."""
-        search = int("search" in self.phases)
-        warm = self.warm_up if "train" in self.phases else self.setting.rounds - search
+        """The last round of each phase but the last, which ends with the run, in order."""
+        lengths = {"warm-up": self.warm_up, "search": 1}
         found: dict[PhaseName, int] = {}
-        if "warm-up" in self.phases:
-            found["warm-up"] = warm
-        if search:
-            found["search"] = found.get("warm-up", 0) + 1
-        found[self.phases[-1]] = self.setting.rounds
+        done = 0
+        for name in self.phases[:-1]:
+            done += lengths[name]
+            found[name] = done
         return found
 
     def _phase_of(self, round: int) -> PhaseName:
@@ -169,17 +167,25 @@ class FedCS(PartialAveraging):
 
     def doubts(self) -> tuple[str, ...]:
         """Phases that the run ends before, and a search that is made again and again."""
-        if self.phases == ("search",) and self.setting.rounds > 1:
+        before, rounds = max(self._ends.values(), default=0), self.setting.rounds
+        if rounds <= before:
             return (
-                f"run.rounds = {self.setting.rounds} searches as often, and the last search "
-                "counts: one round is enough",
+                f"run.rounds = {rounds} ends before the {self.phases[-1]}, which begins after "
+                f"round {before}; lower algorithm.warm_up={self.warm_up} or take more rounds",
             )
-        left = [name for name in self.phases if name not in map(self._phase_of, self._rounds)]
-        if not left:
-            return ()
+        if self.phases[-1] == "search" and rounds > before + 1:
+            return (
+                f"run.rounds = {rounds} searches {rounds - before} times, and the last search "
+                f"counts: run.rounds = {before + 1} is enough",
+            )
+        return ()
+
+    @property
+    def builds_on(self) -> str:
+        """A warm super-network, where none is made here and one is read."""
+        reads = "search" in self.phases or self.inherit
         return (
-            f"run.rounds = {self.setting.rounds} ends before {' and '.join(left)}: the warm-up "
-            f"alone takes {self.warm_up} rounds; lower algorithm.warm_up or take more rounds",
+            "weights that a warm-up has trained" if reads and "warm-up" not in self.phases else ""
         )
 
     @property
@@ -192,7 +198,7 @@ class FedCS(PartialAveraging):
         if name == "search":
             return Phase(
                 name,
-                RunProgram(self._search.run),
+                RunProgram(self._search.run, passes=self._search.passes),
                 reduction="collect",
                 fraction=self.searchers,
             )
@@ -232,7 +238,7 @@ class FedCS(PartialAveraging):
         if rule.schedule is None:
             return rule
         before = max((end for end in self._ends.values() if end < round), default=0)
-        length = max(1, self._ends[name] - before)
+        length = max(1, self._ends.get(name, self.setting.rounds) - before)
         return replace(rule, schedule=replace(rule.schedule, rounds=length)).at(round - before)
 
     def enter(self, phase: Phase, state: State) -> State:
@@ -253,28 +259,31 @@ class FedCS(PartialAveraging):
 
     def plan(self, state: State, cohort: Cohort, round: int) -> RoundPlan:
         """The whole network for all, or in training what each client found."""
-        net, training = self.setting.net, self._phase_of(round) == "train"
-        work = tasks(net, cohort, lambda tier: self.map_of(tier, round))
-        if training:
-            work = [
-                self._personal(task, report)
-                for task, report in zip(work, cohort.report, strict=True)
-            ]
+        work = tasks(self.setting.net, cohort, lambda tier: self.map_of(tier, round))
+        if self._phase_of(round) == "train":
+            self._check_found(cohort, round)
+            work = list(map(self._personal, work, cohort.report))
         return RoundPlan(work, {0: state["params"]})
+
+    def _personal(self, task: ClientTask, report: dict[str, Any] | None) -> ClientTask:
+        map = self.client_map(self.setting.tiers[task.tier].map, report)
+        return replace(task, map=map, variant=self.setting.net.space.counts(map))
+
+    def _check_found(self, cohort: Cohort, round: int) -> None:
+        """`InputError` where training begins a run and nobody has searched who should have."""
+        if round > 1 or any(map(_found, cohort.report)):
+            return
+        for client, tier in zip(cohort.id, cohort.tier, strict=True):
+            if not self._holds_all(self.setting.tiers[tier]):
+                raise InputError(
+                    f"client {client} of tier {self.setting.tiers[tier].name!r} has searched no "
+                    "network, and nobody else has; name a run that did in run.start_from, or put "
+                    '"search" into algorithm.phases'
+                )
 
     def map_of(self, tier: int, round: int) -> IndexMap:
         """The whole network until training; then that of the tier, for who did not search."""
         return self.setting.tiers[tier].map if self._phase_of(round) == "train" else FULL
-
-    def _personal(self, task: ClientTask, report: dict[str, Any] | None) -> ClientTask:
-        tier = self.setting.tiers[task.tier]
-        if not _found(report) and "search" not in self.phases and not self._holds_all(tier):
-            raise InputError(
-                f"client {task.client} of tier {tier.name!r} has searched no network; name a run "
-                'that did in run.start_from, or put "search" into algorithm.phases'
-            )
-        map = self.client_map(tier.map, report)
-        return replace(task, map=map, variant=self.setting.net.space.counts(map))
 
     def client_map(self, view: IndexMap, report: dict[str, Any] | None) -> IndexMap:
         """The sub-network that a client found, or its tier's."""

@@ -63,35 +63,40 @@ class ChannelSearch:
             budget = tier.budget(self.net)
             if not budget.feasible(least):
                 raise InputError(
-                    f"tier {tier.name!r}: its budget {budget} is below the smallest sub-network "
-                    f"that the search may reach, which takes flops={least.macs:,} and "
+                    f"clients of tier {tier.name!r}: their budget {budget} is below the smallest "
+                    f"sub-network that the search may reach, which takes flops={least.macs:,} and "
                     f"params={least.params:,}; raise the budget, or lower algorithm.min_units="
                     f"{self.min_units} or algorithm.min_share={self.min_share}"
                 )
+
+    @property
+    def passes(self) -> float:
+        """About how many passes over all rows a client takes, a forward pass being a third.
+
+        Groups shrink to some 0.7 of their channels, and at each step all of them are tried;
+        lazily about a fifth.
+        """
+        steps = len(self.net.elastic) * math.log(0.7) / math.log(1 - self.shrink)
+        return steps * len(self.net.elastic) * (0.2 if self.lazy else 1.0) / 3
 
     def run(self, context: RunContext) -> ClientResult:
         """One client's search, from the whole network on."""
         net, tier = self.net, self.tiers[context.task.tier]
         scorer = _Scorer(self, context)
-        try:
-            units, steps = prune(
-                {group: net.space.size(group) for group in net.elastic},
-                self.shrinking,
-                tier.budget(net),
-                lambda kept: net.cost(IndexMap.prefix(kept)),
-                scorer,
-                self.criterion,
-                lazy=self.lazy,
-            )
-        except InputError as error:
-            raise InputError(
-                f"client {context.task.client}, tier {tier.name!r}: {error}"
-            ) from error
+        units, steps = prune(
+            {group: net.space.size(group) for group in net.elastic},
+            self.shrinking,
+            tier.budget(net),
+            lambda kept: net.cost(IndexMap.prefix(kept)),
+            scorer,
+            self.criterion,
+            lazy=self.lazy,
+        )
         return ClientResult(
             update={},
             report={"units": list(units.values())},
             wire_bytes=2 * len(units),  # a uint16 for each group
-            trace=_trace(steps),
+            trace=_trace(steps, measured=scorer.sees),
             flops=scorer.flops,
         )
 
@@ -106,6 +111,11 @@ class _Scorer:
         return BLIND if self._trials is None else self._trials(units, group, fewer)
 
     @property
+    def sees(self) -> bool:
+        """Whether candidates are measured; also where none was needed."""
+        return "_trials" not in self.__dict__ or self._trials is not None
+
+    @property
     def flops(self) -> float:
         """Forward passes of the candidates; none where none was scored."""
         trials = self.__dict__.get("_trials")
@@ -114,7 +124,7 @@ class _Scorer:
     @cached_property
     def _trials(self) -> Trials | None:
         x, y = self._context.data("train")
-        if len(y) < 2 and self._search.net.statistics:
+        if len(y) < (2 if self._search.net.statistics else 1):
             return None
         draw = self._context.generator("rows of the search")
         rows = np.sort(draw.permutation(len(y))[: self._search.samples])
@@ -123,13 +133,14 @@ class _Scorer:
         )
 
 
-def _trace(steps: Sequence[Step]) -> dict[str, list[Any]]:
+def _trace(steps: Sequence[Step], *, measured: bool) -> dict[str, list[Any]]:
+    unknown = float("nan")
     return {
         "step": list(range(1, len(steps) + 1)),
         "group": [step.group for step in steps],
         "units": [step.units for step in steps],
-        "accuracy": [step.score.accuracy for step in steps],
-        "loss": [step.score.loss for step in steps],
+        "accuracy": [step.score.accuracy if measured else unknown for step in steps],
+        "loss": [step.score.loss if measured else unknown for step in steps],
         "flops": [step.cost.macs for step in steps],
         "params": [step.cost.params for step in steps],
     }

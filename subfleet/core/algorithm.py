@@ -208,6 +208,11 @@ class Algorithm(ABC):
         """
         return ()
 
+    @property
+    def builds_on(self) -> str:
+        """What it expects of a former run (`run.start_from`), in words; "" where nothing."""
+        return ""
+
     @abstractmethod
     def phase(self, round: int) -> Phase:
         """The phase that round (1-based) belongs to, from configuration alone."""

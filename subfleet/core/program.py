@@ -290,9 +290,14 @@ class RunContext(NamedTuple):
 
 @dataclass(frozen=True)
 class RunProgram:
-    """Form (c): plain Python over one client's data, such as a search."""
+    """Form (c): plain Python over one client's data, such as a search.
+
+    `passes` says about how often it goes forward and backward through the task's network
+    with all of the client's rows, a forward pass being a third: for planning alone.
+    """
 
     run: Callable[[RunContext], ClientResult]
+    passes: float = 1.0
 
 
 ClientProgram: TypeAlias = LossProgram | StepProgram | RunProgram

@@ -72,9 +72,10 @@ def prune(
 
     `trial(units, group, fewer)` scores the sub-network of `units` with `fewer` of one group.
     The step that keeps the most accuracy is taken; among equals ("accuracy_then_loss") that
-    with the lowest loss; then that which saves the most operations, then parameters; then
-    that of the first group. The last step may save more than is needed. Where the budget
-    holds from the start nothing is tried. `InputError` when nothing can shrink any more.
+    with the lowest loss; then that which saves the most operations, then parameters (these
+    first where they alone are limited); then that of the first group. The last step may save
+    more than is needed. Where the budget holds from the start nothing is tried. `InputError`
+    when nothing can shrink any more.
 
     `lazy` scores a group anew only when by its last score it would be the next to shrink.
     That takes the same steps where a group's shrinking never costs less once others have
@@ -88,7 +89,8 @@ def prune(
         score = trial(left, group, fewer)
         then = cost(left | {group: fewer})
         loss = score.loss if criterion == "accuracy_then_loss" else 0.0
-        order = (-score.accuracy, loss, then.macs, then.params, list(left).index(group))
+        costs = (then.params, then.macs) if budget.flops is None else (then.macs, then.params)
+        order = (-score.accuracy, loss, *costs, list(left).index(group))
         return _Ranked(order, Step(group, fewer, score, then))
 
     while not budget.feasible(cost(left)):

@@ -17,7 +17,14 @@ import numpy as np
 
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Collected
-from subfleet.core.program import ClientProgram, ClientTask, Params, RunProgram, StepProgram
+from subfleet.core.program import (
+    ClientProgram,
+    ClientTask,
+    LossProgram,
+    Params,
+    RunProgram,
+    StepProgram,
+)
 from subfleet.core.units import IndexMap
 from subfleet.platform.record import Choice, variant_name
 
@@ -114,7 +121,7 @@ class BundleResult:
 
 def passes(program: ClientProgram) -> float:
     """How often a step goes forward and backward through the client's network."""
-    return program.passes if isinstance(program, StepProgram) else 1.0
+    return 1.0 if isinstance(program, LossProgram) else program.passes
 
 
 def flops(program: ClientProgram, macs: int, rows: int) -> float:
@@ -139,17 +146,17 @@ def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> fl
 BUNDLE_SECONDS = 0.3  # nominal; what a bundle should last to outweigh a remote call by far
 
 
-def auto_count(clients: int, seconds: float) -> int:
+def auto_count(clients: int, seconds: float, *, sums: bool = True) -> int:
     """How many bundles to cut clients of `seconds` nominal seconds in all into, by default.
 
     As many as last `BUNDLE_SECONDS` each, but at least 8, to keep several hosts evenly
     busy, and at most about the square root of the clients, since each returns a sum of
-    its own. A power of two.
+    its own, unless there are no `sums`. A power of two.
 
     >>> [auto_count(n, 0.0022 * n) for n in (1, 20, 100, 1000, 10_000)]
     [1, 4, 8, 8, 128]
     """
-    most = min(clients, max(4, _power_of_two(isqrt(clients))))
+    most = min(clients, max(4, _power_of_two(isqrt(clients)))) if sums else clients
     return min(most, max(8, _power_of_two(round(seconds / BUNDLE_SECONDS))))
 
 
@@ -165,16 +172,17 @@ def cut(
     round: int,
     choices: Mapping[str, Choice],
     local_test: bool = False,
+    sums: bool = True,
 ) -> list[TrainBundle]:
     """Sorts tasks by (variant, client id) and cuts them into about `count` equal-cost bundles.
 
-    `cost` is in nominal seconds; None leaves the count to `auto_count`.
+    `cost` is in nominal seconds; None leaves the count to `auto_count`, which `sums` is for.
     """
     ordered = sorted(tasks, key=lambda task: (variant_name(task.variant), task.client))
     costs = np.array([cost(task) for task in ordered])
     if not len(ordered):
         return []
-    count = count or auto_count(len(ordered), float(costs.sum()))
+    count = count or auto_count(len(ordered), float(costs.sum()), sums=sums)
     # A client goes to the bundle in which the middle of its cost falls.
     middle = np.cumsum(costs) - costs / 2
     place = np.minimum((middle / (costs.sum() or 1.0) * count).astype(int), count - 1)

@@ -11,7 +11,7 @@ import numpy as np
 from subfleet.core import aggregate
 from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
-from subfleet.core.program import ClientTask, Params, RunProgram
+from subfleet.core.program import ClientTask, Params
 from subfleet.platform import bundles as bundling
 from subfleet.platform.bundles import BundleResult, Own, TrainBundle
 from subfleet.platform.clock import PhaseClock
@@ -119,8 +119,6 @@ class Dispatch:
     ) -> list[TrainBundle]:
         choices = self.tuner.choices(phase, plan, round)
         per = self.options.bundle_clients
-        if not per and isinstance(phase.program, RunProgram):
-            per = 1  # a search takes seconds or minutes, and returns no sum
         number = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
         macs = {key: self.net.cost(map).macs for key, map in maps.items()}
@@ -129,7 +127,13 @@ class Dispatch:
             return bundling.predicted_seconds(phase.program, task, macs[task.map.key])
 
         cut = bundling.cut(
-            plan.tasks, predicted, number, round=round, choices=choices, local_test=local_test
+            plan.tasks,
+            predicted,
+            number,
+            round=round,
+            choices=choices,
+            local_test=local_test,
+            sums=phase.reduction == "sum",
         )
         if self.algorithm.keeps:
             for bundle in cut:

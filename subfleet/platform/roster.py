@@ -35,7 +35,7 @@ class Roster:
         """How many clients are to train in a round."""
         size = self._job.options.cohort
         if phase.fraction is not None:
-            size = max(1, int(phase.fraction * len(self._pool(phase.eligible)) + 0.5))
+            size = max(1, int(phase.fraction * len(self._pool(phase)) + 0.5))
         return size
 
     def drawn(self, phase: Phase, round: int) -> np.ndarray:
@@ -43,7 +43,7 @@ class Roster:
 
         More are asked than wanted where devices may fail or be late (`run.over_select`).
         """
-        pool = self._pool(phase.eligible)
+        pool = self._pool(phase)
         generator = seeds.generator(self._seed, "cohort", round=round)
         size = min(self._asked(phase), len(pool))
         return np.sort(pool[generator.choice(len(pool), size, replace=False)])
@@ -59,7 +59,7 @@ class Roster:
         devices = self._job.devices
         if devices is None or not devices.come_and_go:
             return self.drawn(phase, round), 0.0
-        pool, size = self._pool(phase.eligible), self._asked(phase)
+        pool, size = self._pool(phase), self._asked(phase)
         # Few of many clients are looked at, and more only where too few of them are there.
         some = min(4 * size, len(pool))
         while True:
@@ -91,15 +91,16 @@ class Roster:
             report=[self._reports.get(client) for client in ids.tolist()],
         )
 
-    def _pool(self, eligible: tuple[str, ...] | None) -> np.ndarray:
+    def _pool(self, phase: Phase) -> np.ndarray:
+        eligible, name = phase.eligible, phase.name
         if eligible is None:
             return self._train_ids
         wanted = [i for i, name in enumerate(self.tier_names) if name in eligible]
         pool = self._train_ids[np.isin(self._job.fleet.tier_of[self._train_ids], wanted)]
         if not len(pool):
             raise InputError(
-                f"no training client is in the tiers {', '.join(eligible)}; "
-                "give them a larger share in [fleet], or use more clients"
+                f"no training client is in the tiers {', '.join(eligible)}, who alone take part "
+                f"in the phase {name!r}; give them a larger share in [fleet], or use more clients"
             )
         return pool
 

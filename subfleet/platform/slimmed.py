@@ -19,7 +19,7 @@ from torch.func import functional_call
 from subfleet.core.masks import joint_norm, masked, readers
 from subfleet.core.program import Params
 from subfleet.core.supernet import SuperNetwork
-from subfleet.core.units import IndexMap
+from subfleet.core.units import IndexMap, UnitSpace
 from subfleet.platform import layers
 
 KEPT = 64  # sub-networks: those of thirty steps that draw two each
@@ -34,11 +34,12 @@ class Slimmed:
 
     def __init__(self, net: SuperNetwork, map: IndexMap, module: nn.Module, step: layers.Step):
         self._net, self._map, self._module, self._step = net, map, module, step
-        self._space = net.space.within(map)
-        self._device = next(module.parameters()).device
-        self._constants = {n: b for n, b in module.named_buffers() if n not in net.space.axes}
         self._built: OrderedDict[bytes, nn.Module] = OrderedDict()  # on "meta": without storage
-        self.masks = net.cost(map).macs < SMALL_MACS and joint_norm(net) is None
+
+    @cached_property
+    def masks(self) -> bool:
+        """Whether sub-networks are masked, not built."""
+        return self._net.cost(self._map).macs < SMALL_MACS and joint_norm(self._net) is None
 
     def run(self, units: Mapping[str, int], weights: Params, x: Tensor) -> Tensor:
         """Scores of the sub-network of the first `units[g]` units; `weights` are the whole's."""
@@ -52,6 +53,15 @@ class Slimmed:
         return functional_call(self._small(map), own | self._constants, (x,))
 
     @cached_property
+    def _space(self) -> UnitSpace:
+        return self._net.space.within(self._map)
+
+    @cached_property
+    def _constants(self) -> Params:
+        named = self._module.named_buffers()
+        return {name: buffer for name, buffer in named if name not in self._net.space.axes}
+
+    @cached_property
     def _reads(self) -> dict:
         return readers(self._net)
 
@@ -60,7 +70,9 @@ class Slimmed:
         return _batch_norms(self._module)
 
     def _mask(self, group: str, count: int) -> Tensor:
-        places = torch.arange(self._space.size(group), device=self._device)
+        places = torch.arange(
+            self._space.size(group), device=next(self._module.parameters()).device
+        )
         return (places < count).to(torch.float32)
 
     def _small(self, map: IndexMap) -> nn.Module:
@@ -83,10 +95,11 @@ def _batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 @contextmanager
 def _by_the_batch(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    before = [norm.training for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.training, norm.track_running_stats = True, False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, training in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, True

@@ -14,6 +14,7 @@ from subfleet.algorithms.sandwich import Sandwich, distilled
 from subfleet.core.program import Batch, LocalRule, Stream
 from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
+from subfleet.platform import slimmed
 from subfleet.platform.record import Choice, possible
 from subfleet.platform.resident import Resident
 
@@ -143,11 +144,13 @@ NETS = {
 }
 
 
+@pytest.mark.parametrize("small", [slimmed.SMALL_MACS, 0], ids=["masked", "built"])
 @pytest.mark.parametrize(
     ("name", "way"),
     [*((name, "loop") for name in NETS), ("plain", "vmap"), ("group norm", "vmap")],
 )
-def test_steps_equal_plain_torch_on_built_slices(name, way):
+def test_steps_equal_plain_torch_on_built_slices(name, way, small, monkeypatch):
+    monkeypatch.setattr(slimmed, "SMALL_MACS", small)
     net = NETS[name]()
     made = sandwich(net, LocalRule(lr=0.1, momentum=0.9, weight_decay=0.01), narrowest=0.4)
     assert way in possible(net, made.program(Stream()))

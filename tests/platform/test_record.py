@@ -36,6 +36,12 @@ def test_the_last_entry_that_has_begun_holds_whatever_the_order_of_others():
     assert record.at("c", "cpu", 1) is None and record.at("b", "cuda", 1) is None
 
 
+def test_what_was_chosen_in_rounds_of_another_kind_does_not_hold():
+    record = EngineRecord(tuple(Choice("a", "cpu", "vmap", n, from_round=n) for n in (2, 3, 4, 5)))
+    odd = [record.at("a", "cpu", r, lambda other: other % 2 == 1) for r in (2, 3, 4, 5, 6)]
+    assert [choice and choice.from_round for choice in odd] == [None, 3, 3, 5, 5]
+
+
 def test_a_choice_that_begins_later_does_not_hold_yet():
     later = EngineRecord((Choice("a", "cpu", "loop", from_round=3),))
     assert later.at("a", "cpu", 2) is None and later.at("a", "cpu", 3) is not None
