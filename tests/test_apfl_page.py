@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,13 +179,15 @@ def test_the_page_has_tables_and_figures(
     assert "| FedAvg ×0.5 | – |" in section and "| FedCS, HIGH | 92.74 |" in section
     assert "nan" not in section + compared
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"apfl-toy-bytes.png", "apfl-units.png"}
+    assert pictures == {
+        *("apfl-toy-bytes.png", "apfl-units.png", "apfl-distances.png", "apfl-sizes.png")
+    }
     for name in pictures:
         assert name in section + compared
         content = (tmp_path / name).read_bytes()
         assert content[:4] == b"\x89PNG" and len(content) < 150_000
     rows = [line for line in (section + compared).splitlines() if line.startswith("|")]
-    assert len(rows) == 5 + 5 + 3 + 4
+    assert len(rows) == 5 + 5 + 3 + 3 + 4
     (line,) = apfl_page.summary([found]).splitlines()
     assert line.startswith("* A toy, HIGH, Glo. / Loc.: FedAvg ×0.5 ") and "FedCS, HIGH " in line
 
@@ -201,9 +204,9 @@ def test_its_figures_are_those_of_the_run_folders(papers: Callable[[str], Any], 
     sent = [(r["bytes_up"] + r["bytes_down"]) / 1e6 for r in records]
     assert cell.before == pytest.approx(sent[0] + sent[1])
     assert cell.megabytes == pytest.approx(np.cumsum(sent[2:]))
-    assert cell.seconds("search") == pytest.approx(
-        sum(row["seconds"] for row in rows if row["round"] == 2)
-    )
+    seconds = [row["seconds"] for row in rows if row["round"] == 2]
+    assert cell.seconds("search") == pytest.approx(seconds)
+    assert cell.warm == records[0]["loss_train"]
     trained = {row["client"]: row for row in rows if row["round"] == 4}
     assert {c: size[2] for c, size in cell.sizes.items()} == {
         c: row["macs"] for c, row in trained.items()
@@ -251,3 +254,26 @@ def test_the_page_alone_runs_nothing_and_names_what_is_missing(
     assert text.startswith("# APFL, scaled down\n\n* A toy, HIGH") and "## A toy" in text
     assert "* toy, fedcs-high, seed 1: not run yet" in text and "seed 0:" not in text
     assert "--page-only" not in text and str(tmp_path) not in text
+
+
+def test_all_figures_can_be_had_as_json(papers: Callable[[str], Any], cells: Any) -> None:
+    table, todo, _ = cells
+    apfl_page, found = papers("apfl_page"), papers("measured").results(table, todo)
+    told = json.loads(json.dumps(apfl_page.to_json([found]), allow_nan=False))
+    (fedcs,) = told["toy"]["fedcs-high"]
+    cell = apfl_page.Cell(found.line("fedcs-high").finished[0])
+    assert fedcs["acc_own"] == cell.final("acc_own") and fedcs["seed"] == 0
+    assert fedcs["search_slowest_s"] == cell.seconds("search").max() <= fedcs["search_s"]
+    (fedavg,) = told["toy"]["fedavg"]
+    assert fedavg["warm_up_loss"] is fedavg["search_slowest_s"] is None
+
+
+def test_megabytes_to_a_target_lie_between_two_evaluations(papers: Callable[[str], Any]) -> None:
+    records = [
+        {"round": r, "phase": "train", "bytes_up": 1e6, "bytes_down": 1e6, "acc_global": accuracy}
+        for r, accuracy in ((1, None), (2, 0.1), (3, None), (4, 0.3))
+    ]
+    cell = papers("apfl_cells").Cell(type("Finished", (), {"metrics": records}))
+    assert cell.megabytes_to(10) == 4.0
+    assert cell.megabytes_to(15) == pytest.approx(5.0)
+    assert np.isnan(cell.megabytes_to(31))

@@ -108,7 +108,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(str(error))
     if options.json:
-        text = json.dumps({"tables": [one.to_json() for one in tables], "missing": missing})
+        text = json.dumps({"tables": apfl_page.to_json(tables), "missing": missing})
         if options.json == "-":
             print(text)
         else:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import combinations
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import figures
 import measured
 import numpy as np
-from common import reports
-from measured import Finished, Line, Results
+from apfl_cells import Cell
+from apfl_numbers import SMALL, SMALL_FEDCS, TRAINING, WARM_UP
+from measured import Line, Results
 
 METHODS = ("fedavg", "feduniform", "fedcs")
 FLEETS = ("high", "low")
@@ -23,107 +22,22 @@ FLEETS = ("high", "low")
 def explained(small: bool) -> str:
     """What the columns mean, and what is smaller than in the paper."""
     scaled = (
-        " Scaled down: 7,319 training and 1,017 test images, 10 clients, MobileNetV2 of a quarter "
-        "of the width with channels in multiples of 2 and a stem of stride 2, 20 rounds of 2 "
-        "epochs; no augmentation. FedCS warms up for 6 rounds before, and searches with 128 "
-        "images a client, lazily (`algorithm.lazy`)."
+        " Scaled down: the samples of CIFAR-10 that were given, 10 clients, MobileNetV2 at "
+        f"{SMALL['model.width']:g} of the width with channels in multiples of "
+        f"{SMALL['model.divisor']} and a stem of stride {SMALL['model.stem_stride']}, "
+        f"{TRAINING} rounds of {SMALL['train.epochs']} epochs, batches of "
+        f"{SMALL['train.batch_size']}, rate {SMALL['train.lr']:g}; no augmentation. FedCS warms up "
+        f"for {WARM_UP} rounds before, and searches with {SMALL_FEDCS['algorithm.samples']} images "
+        "a client, lazily (`algorithm.lazy`)."
     )
     return f"""\
 Glo. is the accuracy of the super-network on each client's test part, its BatchNorm statistics
 re-estimated on the client's training part; Loc. that of the client's own sub-network with its own
-statistics; both after the last round, over all test images, in percent. ±: sample standard
-deviation over seeds. FedAvg trains the half-width network for everybody. Parameters (biases and
-norms included) and operations (multiply-accumulates) are means over clients.{
+statistics; both after the last round, over the test parts of all clients, in percent. ±: sample
+standard deviation over seeds. FedAvg trains the half-width network for everybody. Parameters
+(biases and norms included) and operations (multiply-accumulates) are means over clients.{
         scaled if small else ""
     }"""
-
-
-# --- one cell ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What the page needs of a finished cell."""
-
-    one: Finished
-
-    @cached_property
-    def evaluated(self) -> list[dict[str, Any]]:
-        """The records of training rounds with an evaluation, in order."""
-        return [r for r in self.training if r.get("acc_global") is not None]
-
-    @cached_property
-    def training(self) -> list[dict[str, Any]]:
-        """The records of training rounds."""
-        return [r for r in self.one.metrics if r["phase"] == "train"]
-
-    def final(self, key: str) -> float:
-        """The last value of a metric, in percent; NaN where there is none."""
-        value = self.evaluated[-1].get(key)
-        return float("nan") if value is None else 100 * value
-
-    @cached_property
-    def megabytes(self) -> np.ndarray:
-        """Megabytes sent, both ways, up to each evaluated round of the training."""
-        sent = np.cumsum([r["bytes_up"] + r["bytes_down"] for r in self.training]) / 1e6
-        first = self.training[0]["round"]
-        return np.array([sent[r["round"] - first] for r in self.evaluated])
-
-    @property
-    def before(self) -> float:
-        """Megabytes sent before the training: in warm-up and search."""
-        rest = [r for r in self.one.metrics if r["phase"] != "train"]
-        return sum(r["bytes_up"] + r["bytes_down"] for r in rest) / 1e6
-
-    @cached_property
-    def accuracy(self) -> np.ndarray:
-        """acc_global of each evaluated round of the training, percent."""
-        return 100 * np.array([r["acc_global"] for r in self.evaluated])
-
-    def megabytes_to(self, target: float) -> float:
-        """Megabytes until the accuracy first reaches the target; NaN if it never does."""
-        reached = np.flatnonzero(self.accuracy >= target)
-        return float(self.megabytes[reached[0]]) if len(reached) else float("nan")
-
-    @cached_property
-    def sizes(self) -> dict[int, tuple[str, float, float]]:
-        """Of each client its tier, parameters and operations in the last round."""
-        table = self.one.run.clients()
-        last = max(table.column("round").to_pylist())
-        rows = zip(
-            *(table.column(n).to_pylist() for n in ("round", "client", "tier", "params", "macs")),
-            strict=True,
-        )
-        return {c: (tier, params, macs) for r, c, tier, params, macs in rows if r == last}
-
-    def mean_size(self, at: int) -> float:
-        """The mean over clients of the parameters (1) or the operations (2)."""
-        return statistics.fmean(float(size[at]) for size in self.sizes.values())
-
-    @cached_property
-    def found(self) -> dict[int, np.ndarray]:
-        """The units of each group that a client found; clients that keep the whole have none."""
-        return {
-            client: np.array(report["units"])
-            for client, report in reports(self.one.run.path).items()
-            if "units" in report and self.sizes[client][0] != "high"
-        }
-
-    def distances(self) -> list[float]:
-        """L2 distances between the networks of clients of one budget, in units."""
-        pairs = combinations(sorted(self.found), 2)
-        return [
-            float(np.linalg.norm(self.found[a] - self.found[b]))
-            for a, b in pairs
-            if self.sizes[a][0] == self.sizes[b][0]
-        ]
-
-    def seconds(self, phase: str) -> float:
-        """Seconds that a phase's clients took in all, one after the other."""
-        table = self.one.run.clients()
-        rounds = {r["round"] for r in self.one.metrics if r["phase"] == phase}
-        rows = zip(*(table.column(n).to_pylist() for n in ("round", "seconds")), strict=True)
-        return sum(seconds for round, seconds in rows if round in rounds)
 
 
 def _cells(line: Line) -> list[Cell]:
@@ -170,6 +84,16 @@ def _by_fleet(results: Results) -> dict[str, list[Line]]:
     return found or ({"": both} if both else {})
 
 
+def to_json(tables: Sequence[Results]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """All figures by table and row, one entry a seed."""
+    return {
+        results.table.name: {
+            line.row.name: [cell.to_json() for cell in _cells(line)] for line in results.lines
+        }
+        for results in tables
+    }
+
+
 def section(results: Results, folder: Path, stem: str) -> str:
     """A partition's part of the page; draws its figure into `folder`."""
 
@@ -195,9 +119,14 @@ def section(results: Results, folder: Path, stem: str) -> str:
         ("MB, training", lambda line: _megabytes(line, lambda cell: cell.megabytes[-1])),
         (f"MB to {target:.0f} %", lambda line: _megabytes(line, lambda c: c.megabytes_to(target))),
         ("MB before", lambda line: _megabytes(line, lambda cell: cell.before)),
-        ("warm-up, s", lambda line: _seconds(line, "warm-up")),
-        ("search, s", lambda line: _seconds(line, "search")),
     ]
+    times: list[measured.Column] = [
+        ("loss after warm-up", lambda line: _known(line, lambda cell: cell.warm, 2)),
+        ("warm-up, s", lambda line: _seconds(line, "warm-up", np.sum)),
+        ("search, s", lambda line: _seconds(line, "search", np.sum)),
+        ("search, slowest client, s", lambda line: _seconds(line, "search", np.max)),
+    ]
+    searched = [line for line in results.lines if line.row.name.startswith("fedcs")]
     name = f"{stem}-{results.table.name}-bytes.png"
     _bytes_figure(results, folder / name)
     parts = [
@@ -205,20 +134,26 @@ def section(results: Results, folder: Path, stem: str) -> str:
         measured.table_text(results, accuracy),
         measured.table_text(results, costs),
         "Megabytes go both ways together, to the highest whole percent that every row reaches in "
-        "every seed. Seconds are those of all clients one after the other on one core.",
+        "every seed.",
+        measured.table_text(replace(results, lines=searched), times) if searched else "",
+        "Seconds are those of all clients one after the other on one core.",
         f"![Accuracy against the megabytes sent in training, mean over seeds]({name})",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _known(line: Line, of: Callable[[Cell], float], digits: int) -> str:
+    values = _values(line, of)
+    return "–" if any(v != v for v in values) else measured.plus_minus(values, digits)
 
 
 def _megabytes(line: Line, of: Callable[[Cell], float]) -> str:
-    values = _values(line, of)
-    return "–" if any(v != v for v in values) else measured.plus_minus(values, 1)
+    return _known(line, of, 1)
 
 
-def _seconds(line: Line, phase: str) -> str:
-    values = _values(line, lambda cell: cell.seconds(phase))
-    return measured.plus_minus(values, 0) if any(values) else "–"
+def _seconds(line: Line, phase: str, of: Callable[[np.ndarray], float]) -> str:
+    found = [cell.seconds(phase) for cell in _cells(line)]
+    return measured.plus_minus([float(of(s)) for s in found], 0) if all(map(len, found)) else "–"
 
 
 def _target(results: Results) -> float:
@@ -270,6 +205,15 @@ def comparison(tables: Sequence[Results], folder: Path, stem: str) -> str:
             [row for results in tables for fleet in FLEETS for row in _tiers(results, fleet)],
         ),
     ]
+    distances = {title: _distances(line) for title, line in lines.items()}
+    if distances := {title: found for title, found in distances.items() if found}:
+        name = f"{stem}-distances.png"
+        _distances_figure(distances, folder / name)
+        parts.insert(3, f"![Distances between clients of one budget]({name})")
+    if sizes := _sizes(tables):
+        name = f"{stem}-sizes.png"
+        _sizes_figure(sizes, folder / name)
+        parts.append(f"![Parameters against operations, uniform and searched]({name})")
     units = tables[0].units
     shares = {title: _shares(line, units) for title, line in lines.items()}
     if shares := {title: groups for title, groups in shares.items() if groups}:
@@ -279,8 +223,60 @@ def comparison(tables: Sequence[Results], folder: Path, stem: str) -> str:
     return "\n\n".join(parts)
 
 
+def _distances(line: Line) -> list[float]:
+    return [d for cell in _cells(line) for d in cell.distances()]
+
+
+def _distances_figure(panels: Mapping[str, Sequence[float]], path: Path) -> None:
+    figure, (axes,) = figures.panelled(1, 1, (5.6, 2.8))
+    axes.boxplot(
+        list(panels.values()),
+        orientation="horizontal",
+        tick_labels=list(panels),
+        medianprops={"color": figures.ORANGE},
+    )
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("L2 distance between channel numbers, clients of one budget", fontsize=8)
+    figures.save(figure, path)
+
+
+def _sizes(tables: Sequence[Results]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Of each partition and fleet: (operations, parameters) of clients, by method."""
+    found = {}
+    for results in tables:
+        for fleet, lines in _by_fleet(results).items():
+            own = {
+                line.row.title: [
+                    (float(macs), float(params))
+                    for cell in _cells(line)
+                    for tier, params, macs in cell.sizes.values()
+                    if tier != "high"
+                ]
+                for line in lines
+                if line.row.name != "fedavg"
+            }
+            if len(own) > 1 and all(own.values()):
+                found[f"{results.table.title}, {fleet.upper()}"] = own
+    return found
+
+
+def _sizes_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path
+) -> None:
+    figure, all_axes = figures.panelled(len(panels), 2, (3.8, 2.6))
+    for axes, (title, methods) in zip(all_axes, panels.items(), strict=True):
+        for (method, points), marker in zip(methods.items(), ("s", "."), strict=False):
+            macs, params = np.array(points).T
+            axes.plot(macs / 1e6, params / 1e3, marker, label=method)
+        axes.set_title(title, fontsize=8)
+        axes.legend(fontsize=7)
+    figure.supxlabel("operations of a sample, million", fontsize=9)
+    figure.supylabel("parameters, thousand", fontsize=9)
+    figures.save(figure, path)
+
+
 def _distance_words(line: Line) -> list[str]:
-    found = [d for cell in _cells(line) for d in cell.distances()]
+    found = _distances(line)
     return [measured.plus_minus(found, 1), str(len(found)), str(len(line.finished))]
 
 
