@@ -69,7 +69,8 @@ epsilons = st.floats(-3, 1).map(lambda power: 10.0**power)
 def test_the_wanted_share_is_kept_and_the_important_first(b, ratio, epsilon):
     _, p, slope = sampled(b, ratio, epsilon)
     assert float(p.sum()) == pytest.approx(ratio * len(b), abs=1e-10)
-    assert (p[torch.tensor(b, dtype=torch.float64).argsort()].diff() >= 0).all()
+    # But for the last digit: of importances that hardly differ it is the kernel's.
+    assert (p[torch.tensor(b, dtype=torch.float64).argsort()].diff() >= -1e-15).all()
     assert float(slope.sum()) == pytest.approx(len(b), rel=1e-9) and (slope >= 0).all()
 
 
