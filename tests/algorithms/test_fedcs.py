@@ -20,6 +20,7 @@ from subfleet.core.program import LocalRule, Stream
 from subfleet.core.pruning import Score, prune
 from subfleet.core.schedule import Schedule
 from subfleet.core.units import IndexMap
+from subfleet.doubts import doubts
 from subfleet.launch import Run, assemble, launch
 from subfleet.platform.executor import InlineExecutor
 from subfleet.platform.metrics import ClientsLog, read_metrics
@@ -479,6 +480,11 @@ def test_each_phase_is_computed_by_choices_of_its_own(tmp_path):
 
 
 def test_a_search_of_weights_that_nobody_trained_is_doubted():
-    assert fedcs(phases=("search",), rounds=1).builds_on
-    assert fedcs(phases=("train",), inherit=True).builds_on
-    assert not any(fedcs(**options).builds_on for options in ({}, {"phases": ("train",)}))
+    def told(**changes: Any) -> list[str]:
+        made = experiment(**changes)
+        return [text for text in doubts(made, assemble(made)) if "start_from" in text]
+
+    (text,) = told(algorithm__phases=["search"], run__rounds=1)
+    assert text.startswith("run.start_from is not set, and fedcs expects weights that a warm-up")
+    assert told(algorithm__phases=["train"], algorithm__inherit=True)
+    assert told() == told(algorithm__phases=["train"]) == []

@@ -120,6 +120,9 @@ def test_no_clients_no_evaluation():
 
 def test_auto_count_is_a_power_of_two_that_never_exceeds_the_cohort():
     assert [bundles.auto_count(n, 9.0) for n in (1, 2, 3)] == [1, 2, 3]
+    # Where nothing is summed each client may be a bundle of its own.
+    assert [bundles.auto_count(10, s, sums=False) for s in (0.1, 9.0)] == [8, 10]
+    assert bundles.auto_count(10, 9.0) == 4
     for n in range(4, 3000, 7):
         for seconds in (0.0, 0.3, 7.0, 1e4):
             count = bundles.auto_count(n, seconds)
