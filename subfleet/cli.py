@@ -92,6 +92,14 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="An engine.json whose choices to replay, bit by bit."),
     ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Go on from the newest checkpoint when the coordinator dies, up to N times, and "
+            "with the run that --out holds already.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Run one experiment; the last line printed is the run folder's path.
@@ -119,6 +127,7 @@ def run(
         local=local,
         address=address,
         engine_record=engine_record,
+        restarts=restarts,
         progress=_stderr(),
     )
     print_end(finished.tiers, finished.path)

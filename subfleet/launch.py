@@ -174,6 +174,7 @@ def launch(
     local: bool = False,
     address: str | None = None,
     engine_record: str | os.PathLike | None = None,
+    restarts: int | None = None,
     progress: Console | None = None,
     alone: bool = True,
     observers: Sequence[Observer] = (),
@@ -191,6 +192,9 @@ def launch(
         local: Run in this process, without Ray.
         address: A Ray cluster to use; Ray is started in this process otherwise.
         engine_record: An `engine.json` whose choices to replay.
+        restarts: How often to go on by itself from the newest checkpoint when the coordinator's
+            process dies. With a number, 0 too, a run that `out` holds already is gone on with,
+            so that the same call may be made again after the whole machine was lost.
         progress: Where a live line of progress goes; without one only warnings are logged.
         alone: Whether `progress` is for this run alone: then it also hears of the steps
             before the first round and, after an interrupt, of the command to go on with.
@@ -201,6 +205,8 @@ def launch(
         RunFailed: The run could not be finished.
     """
     say = _teller(progress if alone else None)
+    if restarts is not None:
+        resume = resume or _holds_a_run(out, restarts, local)
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
     try:
         say("reading the data ...")
@@ -233,6 +239,7 @@ def launch(
                 address=address,
                 hosts=experiment.run.hosts,
                 device=device,
+                restarts=restarts or 0,
             )
     except BaseException as error:
         line.close()
@@ -246,6 +253,20 @@ def launch(
     finally:
         line.close()
     return Run(folder.path, summary)
+
+
+def _holds_a_run(out: str | os.PathLike | None, restarts: int, local: bool) -> bool:
+    """Whether there is a run to go on with; InputError where nothing could be restarted."""
+    if local:
+        raise InputError(
+            f"--restarts {restarts}: nothing is restarted with --local, where the rounds run in "
+            "this process; leave one of them out"
+        )
+    if out is None:
+        raise InputError(f"--restarts {restarts} needs --out: a folder that a next start finds")
+    if restarts < 0:
+        raise InputError(f"--restarts {restarts}: is below 0; give how often to start again")
+    return (Path(out) / "config.toml").is_file()
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:

@@ -9,13 +9,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform.executor import brief
+from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
-from subfleet.platform.metrics import Observer
+from subfleet.platform.metrics import Observer, tell
 from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.signals import terminable
 
@@ -23,16 +23,6 @@ ANSWER_S = 5.0  # how long a cluster may take to answer a knock
 ZIPPED_STDLIB = f"/python{sys.version_info.major}{sys.version_info.minor}.zip"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 HTTP2_SETTINGS = 4  # type of a frame, its fourth byte
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How many hosts run, and what each reserves of its node."""
-
-    hosts: int
-    device: str
-    cpus: float
-    gpus: float
 
 
 def ray_started() -> bool:
@@ -147,33 +137,8 @@ def check_address(address: str | None) -> None:
         ) from error
 
 
-def placement(nodes: Sequence[dict[str, Any]], wanted_hosts: int, device: str) -> Placement:
-    """Hosts and their shares, counted node by node.
-
-    One host a core, or one a GPU. Hosts leave one core in all to the data tasks
-    that feed them; a coordinator reserves nothing.
-
-    >>> node = {"Alive": True, "Resources": {"CPU": 2.0}}
-    >>> placement([node], 0, "auto")
-    Placement(hosts=2, device='cpu', cpus=0.5, gpus=0.0)
-    """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus = sum(int(resources.get("CPU", 0)) for resources in alive)
-    gpus = sum(int(resources.get("GPU", 0)) for resources in alive)
-    if device == "cuda" and not gpus:
-        raise InputError(
-            'run.device = "cuda": no node of the cluster has a GPU; use "auto" or "cpu"'
-        )
-    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    hosts = wanted_hosts or max(1, gpus if on_gpu else cpus)
-    # Rounded down to what Ray can count, a ten-thousandth.
-    each = max(0, cpus - 1) * 10_000 // hosts / 10_000
-    return Placement(
-        hosts=hosts,
-        device="cuda" if on_gpu else "cpu",
-        cpus=min(1.0, each),
-        gpus=min(1.0, gpus / hosts) if on_gpu else 0.0,
-    )
+class CoordinatorLost(RunFailed):
+    """The coordinator's process died; what it had saved is there."""
 
 
 def run_on_ray(
@@ -185,47 +150,64 @@ def run_on_ray(
     address: str | None,
     hosts: int,
     device: str,
+    restarts: int = 0,
 ) -> dict[str, Any]:
     """Runs the job on Ray: a coordinator and its hosts; returns the summary.
 
-    Raises what the coordinator raised, `RunFailed` when it died.
+    A coordinator whose process dies is started again up to `restarts` times, and goes on
+    from the newest checkpoint. Raises what the coordinator raised, `RunFailed` when it died
+    once too often.
     """
     with ray_session(address) as ray:
-        from subfleet.platform.coordinator import follow, start_coordinator
-        from subfleet.platform.host import start_hosts
+        for left in reversed(range(restarts + 1)):
+            try:
+                return _coordinated(ray, job, folder, observers, progress, hosts, device)
+            except CoordinatorLost:
+                if not left:
+                    raise
+                if progress is not None:
+                    newest = last_checkpoint(folder.metrics)
+                    begin = "from the start" if newest is None else f"from {newest.name}"
+                    words = f"the coordinator's process died: starting again {begin}, {left} left"
+                    tell([progress], words)
+    raise AssertionError  # every turn returns or raises
 
-        where = placement(ray.nodes(), hosts, device)
-        actors = start_hosts(
-            where.hosts,
-            job.work,
-            job.federation,
-            device=where.device,
-            cpus=where.cpus,
-            gpus=where.gpus,
+
+def _coordinated(
+    ray: Any,
+    job: Job,
+    folder: RunFolder,
+    observers: Sequence[Observer],
+    progress: Observer | None,
+    wanted_hosts: int,
+    device: str,
+) -> dict[str, Any]:
+    from subfleet.platform.coordinator import follow, start_coordinator
+    from subfleet.platform.host import Hosts
+
+    hosts = Hosts(job.work, job.federation, wanted=wanted_hosts, device=device)
+    coordinator = start_coordinator(job, folder, hosts, list(observers), progress is not None)
+    try:
+        return follow(coordinator, progress)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, InputError | RunFailed):
+            raise cause from None
+        raise RunFailed(
+            f"the coordinator failed: {brief(error)}; run with --local --debug to see where"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        if error.actor_init_failed:
+            raise RunFailed(f"the coordinator cannot start: {brief(error)}") from error
+        remedy = (
+            "the run folder holds what was finished: run the same command again with --resume, "
+            "or give --restarts"
+            if folder.begun
+            else "no round was finished: free memory, or set fewer run.hosts, and start again"
         )
-        coordinator = start_coordinator(
-            job, folder, actors, where.device, list(observers), progress is not None
-        )
-        try:
-            return follow(coordinator, progress)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, InputError | RunFailed):
-                raise cause from None
-            raise RunFailed(
-                f"the coordinator failed: {brief(error)}; run with --local --debug to see where"
-            ) from error
-        except ray.exceptions.RayActorError as error:
-            if error.actor_init_failed:
-                raise RunFailed(f"the coordinator cannot start: {brief(error)}") from error
-            remedy = (
-                "the run folder holds what was finished: run the same command again with --resume"
-                if folder.begun
-                else "no round was finished: free memory, or set fewer run.hosts, and start again"
-            )
-            raise RunFailed(
-                f"the coordinator's process died, as it does when memory runs out; {remedy}"
-            ) from error
-        finally:
-            for actor in (coordinator, *actors):
-                ray.kill(actor)
+        raise CoordinatorLost(
+            f"the coordinator's process died, as it does when memory runs out; {remedy}"
+        ) from error
+    finally:
+        ray.kill(coordinator)
+        hosts.kill()

@@ -96,7 +96,12 @@ class ConsoleProgress:
         self._task = TaskID(0)
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Show the warnings, then the bar, at `info["start"]` rounds done."""
+        """Show the warnings, then the bar, at `info["start"]` rounds done.
+
+        It may be called again: a run whose coordinator was lost begins anew.
+        """
+        if self._progress is not None:
+            self._progress.stop()
         for warning in info.get("warnings", ()):
             self._plain(f"warning: {warning}")
         self._done, self._round_s = info.get("start", 0), time.monotonic()

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from subfleet.datasets.stream import CohortStream
 from subfleet.platform.executor import RayExecutor
+from subfleet.platform.host import Hosts
 from subfleet.platform.job import Job
 from subfleet.platform.memory import keep_freed_memory
 from subfleet.platform.metrics import Observer, tell, tell_progress
@@ -71,8 +73,7 @@ class Coordinator:
         self,
         job: Job,
         folder: RunFolder,
-        hosts: Sequence[Any],
-        device: str,
+        hosts: Hosts,
         observers: Sequence[Observer],
         followed: bool,
     ):
@@ -81,7 +82,7 @@ class Coordinator:
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
         self._stream = CohortStream(job.federation) if job.streams else None
-        executor = RayExecutor(hosts, device, stream=self._stream)
+        executor = RayExecutor(hosts, stream=self._stream)
         self._rounds = Rounds(job, executor, folder, watching)
 
     def run(self) -> dict[str, Any]:
@@ -104,9 +105,11 @@ class Coordinator:
 
 def start_coordinator(*args: Any) -> Any:
     """A coordinator that reserves no core; `args` are `Coordinator`'s."""
-    # Two calls at a time: the rounds, and a driver that asks how they go or tells to stop.
     actor: Any = Coordinator
-    return actor.options(num_cpus=0, max_concurrency=2).remote(*args)
+    # Here, where the run folder is.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Two calls at a time: the rounds, and a driver that asks how they go or tells to stop.
+    return actor.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(*args)
 
 
 def follow(coordinator: Any, progress: Observer | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from subfleet.platform.worker import Worker
 IN_FLIGHT = 2  # bundles a host has at hand: one runs while the next one waits at its door
 ASK_AGAIN_S = 0.5  # between two questions to a host that does not answer
 PATIENCE_S = 120.0  # after which a run without a single host that answers has failed
+LOOK_S = 2.0  # between two looks at the cluster's nodes
 
 # What Ray hands out is read-only, and nothing here writes into a shared tree.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -94,28 +95,40 @@ class _Host:
         self.actor = actor
         self.load = 0
         # Until it answers a question it is taken for down: at the start, and after a loss.
-        self.silent_since: float | None = monotonic()
+        self.up = False
         self.question: Any = None
         self.ask_at = 0.0
+        self.losses = 0
 
     def lost(self) -> None:
         """Its process is gone; Ray starts another one, which takes seconds."""
-        if self.silent_since is None:
-            self.silent_since = monotonic()
-            self.ask_at = self.silent_since + ASK_AGAIN_S
+        self.losses += 1
+        if self.up:
+            self.up = False
+            self.ask_at = monotonic() + ASK_AGAIN_S
 
     def ask(self) -> None:
         """Asks whether it is up, unless it has been asked or it is too early."""
-        if self.silent_since is not None and self.question is None and monotonic() >= self.ask_at:
+        if not self.up and self.question is None and monotonic() >= self.ask_at:
             self.question = self.actor.pid.remote()
 
     def answered(self, up: bool) -> None:
         """Takes the answer; one that is not up is asked again after a while."""
         self.question = None
-        if up:
-            self.silent_since = None
-        else:
+        self.up = up
+        if not up:
             self.ask_at = monotonic() + ASK_AGAIN_S
+
+
+class HostActors(Protocol):
+    """The `ClientHost` actors of a run; they may come and go with the nodes of a cluster."""
+
+    device: str
+    actors: list[Any]
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        """Looks again: actors that were started since, and those lost for good."""
+        ...
 
 
 class RayExecutor:
@@ -124,19 +137,22 @@ class RayExecutor:
     A host gets bundles only while it answers. Calls to one whose process died
     fail, at once or after seconds, for as long as Ray restarts it; so the
     bundles it had go to others, and it is asked from time to time, with a call
-    that costs nothing, whether it is up again.
+    that costs nothing, whether it is up again. Hosts of nodes that join get
+    bundles as soon as they are up.
     """
 
     def __init__(
         self,
-        hosts: Sequence[Any],
-        device: str = "cpu",
+        hosts: HostActors,
         patience_s: float = PATIENCE_S,
         stream: CohortStream | None = None,
     ):
-        self.device = device
+        self.device = hosts.device
         self.retries = 0
-        self._hosts = [_Host(actor) for actor in hosts]
+        self._actors = hosts
+        self._hosts = [_Host(actor) for actor in hosts.actors]
+        self._look_at = monotonic() + LOOK_S
+        self._last_up = monotonic()  # when a host was up, as far as is known
         self._patience_s = patience_s
         self._stream = stream
         self._puts: list[tuple[Params, Any]] = []  # trees put last, so that none is put twice
@@ -159,9 +175,7 @@ class RayExecutor:
         waiting = deque(longest_first(bundles))
         attempts = {bundle.number: 0 for bundle in bundles}
         flying: dict[Any, tuple[Bundle, _Host]] = {}
-        for host in self._hosts:
-            if host.silent_since is not None:  # patience counts from now, not from the last call
-                host.silent_since = monotonic()
+        self._last_up = monotonic()  # patience counts from now, not from the last call
         try:
             while waiting or flying:
                 while waiting and (host := self._free()) is not None:
@@ -200,24 +214,29 @@ class RayExecutor:
         return [part for part, _ in found], [table for _, table in found]
 
     def _free(self) -> _Host | None:
-        """The host that answers and has least at hand, if it can take one more bundle."""
-        up = [host for host in self._hosts if host.silent_since is None]
-        host = min(up, key=lambda host: host.load, default=None)
+        """The host that answers and has least at hand, if it can take one more bundle.
+
+        Of equal ones that with the fewest losses: its device may be the one that is broken.
+        """
+        up = [host for host in self._hosts if host.up]
+        host = min(up, key=lambda host: (host.load, host.losses), default=None)
         return host if host is not None and host.load < IN_FLIGHT else None
 
     def _ended(self, flying: Mapping[Any, Any]) -> list[Any]:
-        """Waits; the calls that have ended. Meanwhile silent hosts are looked after."""
+        """Waits; the calls that have ended. Meanwhile nodes and silent hosts are looked after."""
         import ray
 
+        self._look()
         for host in self._hosts:
             host.ask()
         asked = {host.question: host for host in self._hosts if host.question is not None}
-        silent = any(host.silent_since is not None for host in self._hosts)
+        silent = not all(host.up for host in self._hosts)
         calls = [*flying, *self._strays, *asked]
         if not calls:
             sleep(ASK_AGAIN_S)
+            self._check_patience()
             return []
-        done, _ = ray.wait(calls, num_returns=1, timeout=ASK_AGAIN_S if silent else None)
+        done, _ = ray.wait(calls, num_returns=1, timeout=ASK_AGAIN_S if silent else LOOK_S)
         for ref in done:
             if ref in asked:
                 asked[ref].answered(_is_up(ref))
@@ -226,13 +245,26 @@ class RayExecutor:
         self._check_patience()
         return [ref for ref in done if ref in flying]
 
+    def _look(self) -> None:
+        """Takes in the hosts of nodes that joined; forgets those of nodes that are lost.
+
+        Calls to a lost one end with an error of their own.
+        """
+        if monotonic() < self._look_at:
+            return
+        joined, lost = self._actors.look()
+        self._look_at = monotonic() + LOOK_S
+        self._hosts = [host for host in self._hosts if host.actor not in lost]
+        self._hosts += [_Host(actor) for actor in joined]
+
     def _check_patience(self) -> None:
         """RunFailed when no host has answered for too long."""
-        since = [host.silent_since for host in self._hosts]
-        if None in since or monotonic() - max(s or 0.0 for s in since) < self._patience_s:
+        if any(host.up for host in self._hosts):
+            self._last_up = monotonic()
+        if monotonic() - self._last_up < self._patience_s:
             return
         raise RunFailed(
-            f"none of the {len(since)} hosts has answered for {self._patience_s:g} s: their "
+            f"none of the {len(self._hosts)} hosts has answered for {self._patience_s:g} s: their "
             "processes die, or the cluster has no free cores or memory for them; look at "
             "`ray status`, lower run.hosts, or use --local. After a finished round --resume goes "
             "on from the last checkpoint"
@@ -282,6 +314,7 @@ def _is_loss(error: Exception) -> bool:
 
     gone = (
         exceptions.RayActorError,
+        exceptions.ActorUnschedulableError,  # its node is lost
         exceptions.ObjectLostError,
         exceptions.NodeDiedError,
         exceptions.OutOfMemoryError,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation
 from subfleet.platform.bundles import Bundle, BundleResult
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import as_tensors
+from subfleet.platform.placement import Placement, placement
 from subfleet.platform.worker import Worker
 
 INLINE_BYTES = 90_000  # Ray itself puts arguments from 100 kB on
@@ -48,23 +52,65 @@ class ClientHost:
         return self.worker.run(bundle, shared, by_part)
 
 
-class Hosts(list[Any]):
-    """Host actors, and the references they are made from: gone, Ray could not restart them."""
+class Hosts:
+    """The host actors of a run: each belongs to a node, and goes and comes with it.
 
-    def __init__(self, actors: Iterable[Any], made_from: Sequence[Any]):
-        super().__init__(actors)
-        self.made_from = made_from
+    Ray starts a host anew, on its node, when its process dies. A node that is lost takes its
+    hosts along; one that joins gets its own, once `look` has seen it. Whoever holds this may
+    be another process than the one that started the first hosts.
+    """
 
+    def __init__(self, work: Work, federation: Federation, *, wanted: int, device: str):
+        """Starts `wanted` hosts, as many as there is room for where it is 0.
 
-def start_hosts(
-    count: int, work: Work, federation: Federation, *, device: str, cpus: float, gpus: float
-) -> Hosts:
-    """Starts `count` hosts, `cpus` and `gpus` each; Ray restarts those that die."""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
-    actor: Any = ClientHost
-    made_from = [_put_if_large(work), _put_if_large(federation)]
-    actors = (actor.options(**options).remote(*made_from, device) for _ in range(count))
-    return Hosts(actors, made_from)
+        `device`: "cpu", "cuda" or "auto". InputError when no node has the device.
+        """
+        self.wanted = wanted
+        self.actors: list[Any] = []
+        self._nodes: list[str] = []  # of each actor
+        # The references must live as long as Ray may restart a host.
+        self._made_from = [_put_if_large(work), _put_if_large(federation)]
+        where = placement(ray.nodes(), wanted, device)
+        self.device = where.device
+        self._start(where, where.missing({}))
+
+    def look(self) -> tuple[list[Any], list[Any]]:
+        """Looks at the cluster's nodes; actors that were started, and those lost for good."""
+        nodes = ray.nodes()
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        here = list(zip(self.actors, self._nodes, strict=True))
+        lost = [actor for actor, node in here if node not in alive]
+        for actor in lost:
+            ray.kill(actor)
+        self.actors = [actor for actor, node in here if node in alive]
+        self._nodes = [node for _, node in here if node in alive]
+        try:
+            where = placement(nodes, self.wanted, self.device)
+        except InputError:  # the nodes that had the device are gone; others may come
+            return [], lost
+        return self._start(where, where.missing(Counter(self._nodes))), lost
+
+    def _start(self, where: Placement, nodes: Sequence[str]) -> list[Any]:
+        actor: Any = ClientHost
+        started = [
+            actor.options(
+                num_cpus=where.cpus,
+                num_gpus=where.gpus,
+                max_restarts=-1,
+                max_task_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            ).remote(*self._made_from, self.device)
+            for node in nodes
+        ]
+        self.actors += started
+        self._nodes += nodes
+        return started
+
+    def kill(self) -> None:
+        """Ends all hosts."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors, self._nodes = [], []
 
 
 def _put_if_large(thing: Any) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from subfleet.cluster.start import Placement, check_address, placement
+from subfleet.cluster.start import check_address
 from subfleet.core.errors import InputError
 from subfleet.launch import Run
 from subfleet.platform.metrics import read_metrics
@@ -377,30 +377,3 @@ def test_an_address_where_nobody_answers_ends_the_command_within_seconds(
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
     assert time.monotonic() - started < 30  # most of it for the imports
-
-
-def node(cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, object]:
-    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "wanted", "device", "placed"),
-    [
-        ([node(1)], 0, "auto", Placement(1, "cpu", 0.0, 0.0)),
-        ([node(2)], 3, "auto", Placement(3, "cpu", 0.3333, 0.0)),
-        ([node(16), node(16)], 0, "auto", Placement(32, "cpu", 0.9687, 0.0)),
-        ([node(16), node(16, alive=False)], 0, "cpu", Placement(16, "cpu", 0.9375, 0.0)),
-        ([node(16, gpus=2)], 0, "auto", Placement(2, "cuda", 1.0, 1.0)),
-        ([node(16, gpus=1)], 4, "cuda", Placement(4, "cuda", 1.0, 0.25)),
-        ([node(4, gpus=1)], 0, "cpu", Placement(4, "cpu", 0.75, 0.0)),
-    ],
-)
-def test_hosts_share_what_the_nodes_have(
-    nodes: list[dict[str, object]], wanted: int, device: str, placed: Placement
-) -> None:
-    assert placement(nodes, wanted, device) == placed
-
-
-def test_a_gpu_that_no_node_has_is_refused() -> None:
-    with pytest.raises(InputError, match="no node of the cluster has a GPU"):
-        placement([node(4)], 0, "cuda")

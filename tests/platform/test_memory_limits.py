@@ -24,7 +24,7 @@ from subfleet.algorithms.local import cross_entropy
 from subfleet.core.errors import RunFailed
 from subfleet.core.program import Loss
 from subfleet.platform.executor import RayExecutor
-from subfleet.platform.host import start_hosts
+from subfleet.platform.host import Hosts
 from subfleet.platform.memory import OutOfMemory
 from subfleet.platform.metrics import read_metrics
 from subfleet.platform.record import Choice, EngineRecord
@@ -167,18 +167,16 @@ def test_the_error_survives_its_way_from_a_host():
 @pytest.mark.usefixtures("ray_here")
 def test_hosts_go_on_after_they_ran_out_of_memory(tmp_path):
     """The bundles that others were at when the first one failed are left behind."""
-    import ray
     from ray import cloudpickle
 
     for module in (sys.modules[__name__], toys):  # hosts cannot import them
         cloudpickle.register_pickle_by_value(module)  # pyright: ignore
     made = job()
-    hosts = start_hosts(2, made.work, made.federation, device="cpu", cpus=0.5, gpus=0.0)
+    hosts = Hosts(made.work, made.federation, wanted=2, device="cpu")
     executor = RayExecutor(hosts)
     Rounds(made, executor, RunFolder.create(tmp_path / "run", "", "toy")).run()
     executor.close()
-    for actor in hosts:
-        ray.kill(actor)
+    hosts.kill()
     records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert [(r["retries"], r["clients"]) for r in records] == [(0, 48)] * 3
     first, narrowed, last = (r["out_of_memory"] for r in records)

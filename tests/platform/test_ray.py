@@ -82,18 +82,18 @@ def test_events_wait_only_for_who_follows(mixed_fleet: Experiment, tmp_path: Pat
     import ray
 
     from subfleet.platform.coordinator import start_coordinator
-    from subfleet.platform.host import start_hosts
+    from subfleet.platform.host import Hosts
 
     job = assemble(mixed_fleet.with_overrides(["run.rounds=1"]))
-    hosts = start_hosts(1, job.work, job.federation, device="cpu", cpus=0.5, gpus=0.0)
+    hosts = Hosts(job.work, job.federation, wanted=1, device="cpu")
     kinds = {}
     for followed in (True, False):
         folder = RunFolder.create(tmp_path / str(followed), "", "f")
-        coordinator = start_coordinator(job, folder, hosts, "cpu", [], followed)
+        coordinator = start_coordinator(job, folder, hosts, [], followed)
         ray.get(coordinator.run.remote())
         kinds[followed] = [kind for kind, _ in ray.get(coordinator.events.remote())]
         ray.kill(coordinator)
-    ray.kill(hosts[0])
+    hosts.kill()
     assert kinds[True] == ["start", "note", "note", "progress", "round", "end"]
     assert kinds[False] == []
 
@@ -177,16 +177,24 @@ def test_residuals_and_personal_models_survive_a_lost_host(
 def test_a_run_without_a_host_that_answers_fails_and_says_so(mixed_fleet: Experiment) -> None:
     import ray
 
-    from subfleet.platform.host import start_hosts
+    from subfleet.platform.host import Hosts
 
     job = assemble(mixed_fleet)
-    # More cores than there are: this host will never be scheduled.
-    hosts = start_hosts(1, job.work, job.federation, device="cpu", cpus=64.0, gpus=0.0)
+
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+    class Everything:
+        def up(self) -> None:
+            pass
+
+    taken = Everything.remote()
+    ray.get(taken.up.remote())
+    hosts = Hosts(job.work, job.federation, wanted=1, device="cpu")
     bundle = EvalBundle(0, 1, np.array([0]), {}, "test", 1.0)
     executor = RayExecutor(hosts, patience_s=1.0)
     with pytest.raises(RunFailed, match="none of the 1 hosts has answered for 1 s"):
         list(executor.run([bundle], {0: job.work.net.init(0)}))
-    ray.kill(hosts[0])
+    hosts.kill()
+    ray.kill(taken)
 
 
 USER_CODE = """
