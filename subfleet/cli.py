@@ -16,6 +16,7 @@ import typer
 from subfleet.cli_catalog import algorithms
 from subfleet.cli_data import data_app
 from subfleet.cli_export import export
+from subfleet.cli_jobs import jobs_app, submit
 from subfleet.cli_models import models_app
 from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
@@ -33,6 +34,8 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.command("algorithms")(algorithms)
 app.command("export")(export)
+app.command("submit")(submit)
+app.add_typer(jobs_app, name="jobs")
 
 ExperimentFile = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment's TOML file.")

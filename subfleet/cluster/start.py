@@ -159,17 +159,17 @@ def run_on_ray(
     once too often.
     """
     with ray_session(address) as ray:
-        for left in reversed(range(restarts + 1)):
+        for again in range(1, restarts + 2):
             try:
                 return _coordinated(ray, job, folder, observers, progress, hosts, device)
             except CoordinatorLost:
-                if not left:
+                if again > restarts:
                     raise
                 if progress is not None:
                     newest = last_checkpoint(folder.metrics)
-                    begin = "from the start" if newest is None else f"from {newest.name}"
-                    words = f"the coordinator's process died: starting again {begin}, {left} left"
-                    tell([progress], words)
+                    begin = "the start" if newest is None else newest.name
+                    words = f"the coordinator's process died; going on from {begin}"
+                    tell([progress], f"{words} (restart {again} of {restarts})")
     raise AssertionError  # every turn returns or raises
 
 

@@ -3,136 +3,31 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import (
+    EXPERIMENT,
+    GONE_S,
+    Commands,
+    Head,
+    assert_every_round_once,
+    free_port,
+    left_over,
+    running,
+    wait_for_round,
+)
 
 from subfleet.cluster.start import check_address
 from subfleet.core.errors import InputError
-from subfleet.launch import Run
 from subfleet.platform.metrics import read_metrics
 from subfleet.platform.runfolder import RunFolder
-
-EXPERIMENT = """
-[data]
-name = "synthetic_femnist"
-clients = 40
-mean_samples = 60
-[model]
-norm = "batch"
-[fleet]
-tiers = [{name = "high", share = 0.4, width = 1.0}, {name = "low", share = 0.6, width = 0.5}]
-[algorithm]
-name = "fedpa"
-[run]
-rounds = 8
-cohort = 12
-eval_every = 3
-eval_clients = 4
-checkpoint_every = 2
-hosts = 2
-"""
-GONE_S = 20.0  # in which every process must have ended; a busy machine takes its time
-
-
-def running(session: int) -> dict[int, str]:
-    """Command lines of the processes of a session, by process id, without zombies."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has just ended
-            continue
-    return found
-
-
-def left_over(session: int, allowed_s: float = GONE_S) -> dict[int, str]:
-    """What still runs of a session after a while; nothing as soon as nothing does."""
-    deadline = time.monotonic() + allowed_s
-    while (found := running(session)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A home folder of the test's own, where Ray writes its token."""
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def commands(home: Path) -> Iterator[Commands]:
-    """Starts commands in sessions of their own; at the end nothing of them is left."""
-    started = Commands(home)
-    yield started
-    for process in started.processes:
-        for pid in running(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.wait(10)
-
-
-class Commands:
-    """Commands of a test, with a home folder and a session of their own."""
-
-    def __init__(self, home: Path):
-        self.processes: list[subprocess.Popen[str]] = []
-        self._home = home
-        # Some commands start in other folders; the package is importable there too.
-        root = str(Path(__file__).resolve().parents[2])
-        self._variables = {"HOME": str(home), "RAY_AUTH_MODE": "token", "PYTHONPATH": root}
-
-    def start(self, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        """Starts `python arguments...`; its process id is that of its session."""
-        outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**outside, **self._variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            cwd=cwd,
-        )
-        self.processes.append(process)
-        return process
-
-    def run(self, out: Path, *more: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        """Starts `subfleet run` on the experiment of this file."""
-        file = self._home / "experiment.toml"
-        file.write_text(EXPERIMENT)
-        return self.start("-m", "subfleet", "run", str(file), "--out", str(out), *more, cwd=cwd)
-
-
-def wait_for_round(process: subprocess.Popen[str], out: Path, round: int) -> None:
-    """Returns when a run has written this round; fails when it ends or takes minutes."""
-    deadline = time.monotonic() + 120
-    metrics = out / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= round):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no round was written"
-        time.sleep(0.01)
-
-
-def assert_every_round_once(out: Path, rounds: int) -> None:
-    run = Run(out, {})
-    assert [record["round"] for record in run.metrics] == list(range(1, rounds + 1))
-    rows = run.clients()
-    pairs = set(zip(rows["round"].to_pylist(), rows["client"].to_pylist(), strict=True))
-    assert len(rows) == len(pairs) == rounds * 12
 
 
 @pytest.mark.ray
@@ -275,49 +170,23 @@ def test_the_cells_of_a_sweep_share_one_ray(commands: Commands, home: Path, tmp_
     assert left_over(done.pid) == {}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for_answer(head: subprocess.Popen[str], address: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return check_address(address)
-        except InputError:
-            assert head.poll() is None, head.communicate()
-            assert time.monotonic() < deadline, "the cluster did not start"
-            time.sleep(0.2)
-
-
 @pytest.mark.ray
 def test_a_run_on_a_cluster_leaves_it_running_and_without_actors(
-    commands: Commands, home: Path, tmp_path: Path
+    commands: Commands, tmp_path: Path
 ) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    (home / ".ray").mkdir()
-    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
-    head = commands.start(
-        *("-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"),
-        *("--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=false"),
-        "--disable-usage-stats",
-    )
-    wait_for_answer(head, address)
+    head = Head(commands, jobs=False)
     # The cluster's processes have another current folder than the command.
-    more = ("--address", address, "--set", "run.rounds=2")
+    more = ("--address", head.address, "--set", "run.rounds=2")
     run = commands.run(Path("out"), *more, cwd=tmp_path)
     said, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert said.splitlines()[-1] == str(tmp_path / "out")
     assert_every_round_once(tmp_path / "out", 2)
-    assert head.poll() is None
-    assert any("raylet" in command for command in running(head.pid).values())
+    assert head.process.poll() is None
+    assert any("raylet" in command for command in running(head.process.pid).values())
     deadline = time.monotonic() + GONE_S
-    while any("ray::C" in command for command in running(head.pid).values()):
-        assert time.monotonic() < deadline, running(head.pid)
+    while any("ray::C" in command for command in running(head.process.pid).values()):
+        assert time.monotonic() < deadline, running(head.process.pid)
         time.sleep(0.1)
 
 

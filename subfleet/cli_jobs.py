@@ -1,0 +1,218 @@
+"""`subfleet submit` and `subfleet jobs`: experiments as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from subfleet.cli_support import DebugOption, JsonOption, print_json, print_table, reported
+from subfleet.core.errors import RunFailed
+
+ADDRESS = "http://127.0.0.1:8265"
+
+jobs_app = typer.Typer(
+    help="Look after the jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="The cluster's job server: its dashboard's address.",
+    ),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
+
+
+@reported
+def submit(
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment's TOML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=c", help="Set one key of the experiment; repeatable."),
+    ] = None,
+    address: AddressOption = ADDRESS,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run folder, a path on the cluster, best on storage that every node sees; "
+            "by default subfleet-runs/ID in the home folder there.",
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="ID", help="The job's id; by default a new one.")
+    ] = "",
+    more: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="PATH", help="A file or folder to send along; repeatable."),
+    ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(metavar="N", help="How often to go on by itself when the coordinator dies."),
+    ] = 3,
+    fetch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Bring the run folder here at the end, without checkpoints."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")
+    ] = True,
+    debug: DebugOption = False,
+) -> None:
+    """Submit an experiment to a Ray cluster; ends with the job's own exit status.
+
+    This package and the modules of your own that the experiment names are sent along. Paths in
+    the experiment are those of the cluster. With --no-wait the last line printed is the job's
+    id, else the run folder's path.
+
+    \b
+    Examples:
+      subfleet submit examples/quickstart.toml --address http://head:8265 --out /shared/runs/a
+      subfleet submit e.toml --set run.rounds=500 --no-wait
+      subfleet submit e.toml --fetch runs/a
+    """
+    from subfleet.cluster.fetch import check_free
+    from subfleet.cluster.fetch import fetch as fetch_folder
+    from subfleet.cluster.jobs import JobServer, exit_status
+    from subfleet.cluster.submit import Submission
+    from subfleet.config import Experiment
+    from subfleet.core.errors import InputError
+
+    if fetch is not None and not wait:
+        raise InputError("--fetch waits for the job's end; leave out --no-wait")
+    if fetch is not None:
+        check_free(fetch)
+    loaded = Experiment.load(experiment, overrides or ())
+    submission = Submission(loaded, name, out, restarts, tuple(more or ()))
+    server = JobServer(address)
+    typer.echo(f"sending the code to {server.address} ...", err=True)
+    submission.send(server)
+    typer.echo(f"job {submission.id} is submitted; its run folder: {submission.folder}", err=True)
+    if not wait:
+        typer.echo(f"follow it: subfleet jobs logs {submission.id} --follow", err=True)
+        typer.echo(submission.id)
+        return
+    job = _followed(server, submission.id)
+    if fetch is not None and job.status != "STOPPED":
+        typer.echo(f"fetching {submission.folder} ...", err=True)
+        try:
+            fetch_folder(server, submission.folder, fetch)
+            typer.echo(str(fetch))
+        except RunFailed as error:
+            if not exit_status(job):
+                raise
+            typer.echo(f"warning: {error}", err=True)  # a job that failed may have left nothing
+    _end(job)
+
+
+@jobs_app.command("list")
+@reported
+def list_jobs(
+    address: AddressOption = ADDRESS, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """List the jobs that were submitted to the cluster, the newest first.
+
+    \b
+    Example:
+      subfleet jobs list --address http://head:8265
+    """
+    from subfleet.cluster.jobs import JobServer
+
+    rows = [_row(job) for job in JobServer(address).jobs()]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        typer.echo(f"no jobs at {address}")
+    else:
+        shown = [{key: _shown(value) for key, value in row.items()} for row in rows]
+        print_table(shown, hide=("entrypoint", "seconds"))
+
+
+@jobs_app.command()
+@reported
+def logs(
+    id: JobArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its status.")
+    ] = False,
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a job has written.
+
+    \b
+    Example:
+      subfleet jobs logs subfleet-1a2b3c4d --follow
+    """
+    from subfleet.cluster.jobs import JobServer
+
+    server = JobServer(address)
+    if follow:
+        _end(_followed(server, id))
+    typer.echo(server.log(id), nl=False)
+
+
+@jobs_app.command()
+@reported
+def stop(id: JobArgument, address: AddressOption = ADDRESS, debug: DebugOption = False) -> None:
+    """Stop a job; its last finished round is saved first.
+
+    Submitted again with the same --out, the run goes on from there.
+
+    \b
+    Example:
+      subfleet jobs stop subfleet-1a2b3c4d
+    """
+    from subfleet.cluster.jobs import JobServer
+
+    job = JobServer(address).stop(id)
+    if not job.over:
+        raise RunFailed(f"job {id} was told to stop and has not ended yet; it is {job.status}")
+    typer.echo(f"{job.id}: {job.status}")
+
+
+def _followed(server: Any, id: str) -> Any:
+    try:
+        return server.follow(id, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nno longer following; job {id} goes on: subfleet jobs stop {id} ends it", err=True
+        )
+        raise
+
+
+def _end(job: Any) -> None:
+    """Ends the command as the job ended."""
+    from subfleet.cluster.jobs import exit_status
+
+    status = exit_status(job)
+    if status:
+        typer.echo(f"job {job.id}: {job.status}, exit status {status}", err=True)
+        if job.exit_status is None and job.message:
+            typer.echo(job.message, err=True)
+    raise typer.Exit(status)
+
+
+def _row(job: Any) -> dict[str, Any]:
+    ended = job.ended or datetime.now().timestamp()
+    return {
+        "id": job.id,
+        "status": job.status,
+        "exit_status": job.exit_status,
+        "started": job.started and datetime.fromtimestamp(job.started).isoformat(" ", "seconds"),
+        "seconds": round(ended - job.started, 1) if job.started else None,
+        "run_folder": job.metadata.get("out"),
+        "entrypoint": job.entrypoint,
+    }
+
+
+def _shown(value: Any) -> Any:
+    return "–" if value is None else value
