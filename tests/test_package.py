@@ -46,7 +46,7 @@ def test_the_version_is_said_once_more_and_agrees(project: dict) -> None:
     assert project["version"] == subfleet.__version__
 
 
-def test_the_wheel_holds_every_module(root: Path, tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_and_template(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(root / "subfleet", source / "subfleet", ignore=_leftovers)
     for name in ("pyproject.toml", "LICENSE", "README.md"):
@@ -59,10 +59,13 @@ def test_the_wheel_holds_every_module(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if name.endswith(".py")}
+        names = archive.namelist()
+    inside = {name for name in names if name.endswith(".py")}
     modules = (root / "subfleet").rglob("*.py")
     assert inside == {m.relative_to(root).as_posix() for m in modules}
     assert any(name.startswith("subfleet/platform/") for name in inside)
+    templates = (root / "subfleet" / "cluster" / "templates").iterdir()
+    assert {t.relative_to(root).as_posix() for t in templates} <= set(names)
 
 
 def _leftovers(folder: str, names: list[str]) -> set[str]:
