@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -123,8 +124,8 @@ def check_address(address: str | None) -> None:
             "that `ray start` printed, on a machine of the cluster"
         )
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S) as probe:
-            probe.settimeout(ANSWER_S)
+        plain = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S)
+        with plain, _within_tls(plain) as probe:
             # Ray's servers speak HTTP/2, in which the server greets with a SETTINGS frame.
             probe.sendall(HTTP2_GREETING)
             answer = probe.recv(9)
@@ -135,6 +136,24 @@ def check_address(address: str | None) -> None:
             f"--address {address}: no Ray cluster answers there ({error}); check the address "
             "that `ray start` printed, leave --address out to start Ray here, or use --local"
         ) from error
+
+
+def _within_tls(plain: socket.socket) -> socket.socket:
+    """The connection as Ray's processes have it: within TLS where the environment says so."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return plain
+    variables = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
+    if missing := [name for name in variables if name not in os.environ]:
+        raise InputError(
+            f"RAY_USE_TLS={os.environ['RAY_USE_TLS']}: {' and '.join(missing)} not set; give the "
+            "paths of the certificate and the key that the cluster's processes use"
+        )
+    context = ssl.create_default_context()
+    # Who answers is checked by Ray, once it joins; this is only a knock.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(*(os.environ[name] for name in variables))
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(plain)
 
 
 class CoordinatorLost(RunFailed):
