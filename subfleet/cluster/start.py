@@ -80,6 +80,11 @@ def _connect(ray: Any, address: str | None) -> None:
                 f"Ray does not start: {brief(error)}; use --local, or name a running cluster "
                 "with --address"
             ) from error
+        if "Version mismatch" in str(error):
+            raise InputError(
+                f"--address {address}: {' '.join(str(error).split())}; install the same versions "
+                "of Ray and Python here and on all nodes (constraints.txt pins Ray)"
+            ) from error
         raise InputError(
             f"--address {address}: {brief(error)}; give the address that `ray start` printed, on "
             "a machine of the cluster, with the cluster's token in ~/.ray/auth_token or in "

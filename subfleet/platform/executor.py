@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from logging import getLogger
 from textwrap import shorten
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ IN_FLIGHT = 2  # bundles a host has at hand: one runs while the next one waits a
 ASK_AGAIN_S = 0.5  # between two questions to a host that does not answer
 PATIENCE_S = 120.0  # after which a run without a single host that answers has failed
 LOOK_S = 2.0  # between two looks at the cluster's nodes
+
+_LOG = getLogger(__name__)
 
 # What Ray hands out is read-only, and nothing here writes into a shared tree.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -91,8 +94,9 @@ class InlineExecutor:
 class _Host:
     """A host as the executor sees it: what it has at hand, and whether it answers."""
 
-    def __init__(self, actor: Any):
+    def __init__(self, actor: Any, joined: bool = False):
         self.actor = actor
+        self.joined = joined  # while the run goes on
         self.load = 0
         # Until it answers a question it is taken for down: at the start, and after a loss.
         self.up = False
@@ -239,7 +243,7 @@ class RayExecutor:
         done, _ = ray.wait(calls, num_returns=1, timeout=ASK_AGAIN_S if silent else LOOK_S)
         for ref in done:
             if ref in asked:
-                asked[ref].answered(_is_up(ref))
+                self._answered(asked[ref], ref)
             if (host := self._strays.pop(ref, None)) is not None:
                 host.load -= 1
         self._check_patience()
@@ -255,7 +259,17 @@ class RayExecutor:
         joined, lost = self._actors.look()
         self._look_at = monotonic() + LOOK_S
         self._hosts = [host for host in self._hosts if host.actor not in lost]
-        self._hosts += [_Host(actor) for actor in joined]
+        self._hosts += [_Host(actor, joined=True) for actor in joined]
+
+    def _answered(self, host: _Host, question: Any) -> None:
+        """Takes a host's answer. One that joined and cannot work is left out, with a warning."""
+        try:
+            host.answered(_is_up(question))
+        except (InputError, RunFailed) as error:
+            if not host.joined:
+                raise
+            _LOG.warning("a host that joined is of no use: %s", error)
+            self._hosts.remove(host)
 
     def _check_patience(self) -> None:
         """RunFailed when no host has answered for too long."""
@@ -272,7 +286,13 @@ class RayExecutor:
 
     def _again(self, bundle: Bundle, host: _Host, error: Exception, attempt: int) -> None:
         """Counts one more try of the bundle, or raises what ends the run."""
+        import ray
+
         lost = _is_loss(error)
+        if isinstance(getattr(error, "cause", None), torch.AcceleratorError):
+            # What a broken device holds is lost with its process; Ray starts another one.
+            ray.kill(host.actor, no_restart=False)
+            lost = True
         if decide(host_lost=lost, attempt=attempt) is Decision.RETRY:
             self.retries += 1
             host.lost()
@@ -333,6 +353,7 @@ def _is_up(question: Any) -> bool:
     except RayError as error:
         if isinstance(error, RayActorError) and error.actor_init_failed:
             raise RunFailed(f"a host cannot start: {brief(error)}") from error
+        _raise_own(error)
         if not _is_loss(error):
             raise RunFailed(f"a host cannot be used: {brief(error)}") from error
         return False

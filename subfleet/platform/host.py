@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.exceptions import RaySystemError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from subfleet.core.errors import InputError
@@ -29,11 +31,19 @@ class ClientHost:
     Restarted by Ray when its process dies; nothing that matters lives in it.
     """
 
-    def __init__(self, work: Work, federation: Federation, device: str):
-        self.worker = Worker(work, federation, device)
+    def __init__(self, work: Sealed, federation: Sealed, device: str):
+        self.refusal: InputError | None = None
+        try:
+            self.worker = Worker(work.opened(), federation.opened(), device)
+        except InputError as error:
+            # Ray would make a text of it. `pid` tells: there are no data on this node, say.
+            node = ray.util.get_node_ip_address()
+            self.refusal = InputError(f"on the cluster's node {node}: {error}")
 
     def pid(self) -> int:
-        """The process behind this host; also says that it is up."""
+        """The process behind this host; also says that it is up, or why it cannot be."""
+        if self.refusal is not None:
+            raise self.refusal
         return os.getpid()
 
     def run(
@@ -52,6 +62,27 @@ class ClientHost:
         return self.worker.run(bundle, shared, by_part)
 
 
+class Sealed:
+    """Something that whoever opens it unpickles, so that it hears of what is wrong with it.
+
+    What is large is put into the object store, of which hosts share one copy (word vectors,
+    rows in memory). What is small goes along: Ray warns, on the terminal, of references.
+    """
+
+    def __init__(self, thing: Any):
+        pickled = cloudpickle.dumps(thing)  # pyright: ignore[reportPrivateImportUsage]
+        self._content = pickled if len(pickled) < INLINE_BYTES else ray.put(thing)
+
+    def opened(self) -> Any:
+        """The thing; raises what its unpickling raised."""
+        if isinstance(self._content, bytes):
+            return pickle.loads(self._content)
+        try:
+            return ray.get(self._content)
+        except RaySystemError as error:
+            raise error.client_exc from None
+
+
 class Hosts:
     """The host actors of a run: each belongs to a node, and goes and comes with it.
 
@@ -68,8 +99,8 @@ class Hosts:
         self.wanted = wanted
         self.actors: list[Any] = []
         self._nodes: list[str] = []  # of each actor
-        # The references must live as long as Ray may restart a host.
-        self._made_from = [_put_if_large(work), _put_if_large(federation)]
+        # References in them must live as long as Ray may restart a host.
+        self._made_from = Sealed(work), Sealed(federation)
         where = placement(ray.nodes(), wanted, device)
         self.device = where.device
         self._start(where, where.missing({}))
@@ -111,13 +142,3 @@ class Hosts:
         for actor in self.actors:
             ray.kill(actor)
         self.actors, self._nodes = [], []
-
-
-def _put_if_large(thing: Any) -> Any:
-    """A reference where hosts would else get a copy each (word vectors, rows in memory).
-
-    What is small goes along as it is: Ray warns, on the terminal, of references.
-    """
-    pickled = cloudpickle.dumps(thing)  # pyright: ignore[reportPrivateImportUsage]
-    small = len(pickled) < INLINE_BYTES
-    return thing if small else ray.put(thing)

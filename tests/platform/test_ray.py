@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 from subfleet.cli import app
 from subfleet.config import Experiment
-from subfleet.core.errors import RunFailed
+from subfleet.core.errors import InputError, RunFailed
+from subfleet.datasets import ClientRows, Store, write_store
+from subfleet.datasets.reader import Layout
 from subfleet.launch import Run, assemble, launch
 from subfleet.platform.bundles import EvalBundle
 from subfleet.platform.executor import RayExecutor
@@ -200,9 +202,13 @@ def test_a_run_without_a_host_that_answers_fails_and_says_so(mixed_fleet: Experi
 USER_CODE = """
     import dataclasses
     import os
+    import pathlib
     import signal
 
+    import torch
+
     from subfleet.algorithms.fedavg import FedAvg
+    from subfleet.algorithms.local import cross_entropy
     from subfleet.core.errors import InputError, RunFailed
 
     class Halfway(FedAvg):
@@ -259,6 +265,16 @@ USER_CODE = """
 
     class DiesOnHost(OnHost):
         loss = staticmethod(die)
+
+    def break_once(net, params, batch, noise, inputs):
+        broken = pathlib.Path(__file__).parent / "broken"
+        if not broken.exists():
+            broken.touch()
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        return cross_entropy(net, params, batch, noise, inputs)
+
+    class BreaksItsDevice(OnHost):
+        loss = staticmethod(break_once)
 """
 
 
@@ -310,6 +326,36 @@ def test_an_error_far_away_ends_the_command_as_one_here_would(
     assert words in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists(), "no round was finished: nothing to resume"
+
+
+@pytest.mark.usefixtures("users_module")
+def test_a_device_that_breaks_costs_its_host_and_the_round_a_retry(
+    mixed_fleet: Experiment, tmp_path: Path
+) -> None:
+    experiment = users_own(mixed_fleet, "BreaksItsDevice")
+    run = launch(experiment, out=tmp_path / "run")
+    again = launch(experiment, out=tmp_path / "again")
+    assert run.summary["params_sha256"] == again.summary["params_sha256"]
+    assert [sum(r["retries"] for r in each.metrics) > 0 for each in (run, again)] == [True, False]
+
+
+def test_a_store_that_a_host_does_not_see_is_named_with_the_node(
+    mixed_fleet: Experiment, tmp_path: Path
+) -> None:
+    import ray
+
+    from subfleet.platform.host import Hosts
+
+    rows = ClientRows("a", np.zeros((9, 2), np.uint8), np.arange(9) % 2, np.zeros(9, bool))
+    write_store(tmp_path / "store", [rows], name="toy", layout=Layout(2, (2,)), source={})
+    store, job = Store(tmp_path / "store"), assemble(mixed_fleet)
+    shutil.rmtree(tmp_path / "store")
+    hosts = Hosts(job.work, store, wanted=1, device="cpu")
+    bundle = EvalBundle(0, 1, np.array([0]), {}, "test", 1.0)
+    with pytest.raises(InputError, match="holds no prepared data") as error:
+        list(RayExecutor(hosts).run([bundle], {0: job.work.net.init(0)}))
+    assert f"on the cluster's node {ray.util.get_node_ip_address()}: " in str(error.value)
+    hosts.kill()
 
 
 @pytest.mark.usefixtures("users_module")
