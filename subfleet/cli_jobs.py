@@ -91,7 +91,7 @@ def submit(
     if fetch is not None:
         check_free(fetch)
     loaded = Experiment.load(experiment, overrides or ())
-    submission = Submission(loaded, name, out, restarts, tuple(more or ()))
+    submission = Submission(loaded.to_toml(), name, out, restarts, tuple(more or ()))
     server = JobServer(address)
     typer.echo(f"sending the code to {server.address} ...", err=True)
     submission.send(server)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from typing import Any
 
 import subfleet
 from subfleet.cluster.jobs import JobServer
-from subfleet.config import Experiment
 from subfleet.core.errors import InputError
 
 PACKAGE = Path(subfleet.__file__).parent
@@ -35,12 +35,13 @@ _PATHS = ("source", "start_from", "trace")  # keys whose values are paths
 class Submission:
     """What becomes a job: an experiment, where its run folder goes, how often it may begin anew.
 
-    `out` is an absolute path on the cluster, on storage that every node sees if the loss of
-    the head is to be survived; None is a folder in the home of whoever runs the head.
+    `experiment` is its TOML. `out` is an absolute path on the cluster, on storage that every
+    node sees if the loss of the head is to be survived; None is a folder in the home of whoever
+    runs the head.
     `more` are files and folders to send along. InputError for a path that cannot be meant.
     """
 
-    experiment: Experiment
+    experiment: str
     id: str = ""
     out: str | None = None
     restarts: int = RESTARTS
@@ -58,7 +59,7 @@ class Submission:
                 f"--out {self.out}: is relative, and the job has a folder of its own that goes "
                 "with it; give an absolute path on storage that every node of the cluster sees"
             )
-        for key, path in relative_paths(self.experiment.to_tables()):
+        for key, path in relative_paths(self.tables):
             raise InputError(
                 f"{key} = {path!r}: is relative to a folder here that the cluster does not see; "
                 "give an absolute path on storage that every node of the cluster sees"
@@ -71,8 +72,8 @@ class Submission:
         """Submits it. InputError where the cluster does not take it."""
         with code() as package, tempfile.TemporaryDirectory(prefix="subfleet-") as scratch:
             folder = Path(scratch)
-            (folder / FILE).write_text(self.experiment.to_toml())
-            for path in (*own_modules(self.experiment), *self.more):
+            (folder / FILE).write_text(self.experiment)
+            for path in (*own_modules(self.tables), *self.more):
                 copy_into(folder, path)
             server.submit(
                 self.id,
@@ -84,10 +85,15 @@ class Submission:
                 },
                 metadata={
                     "subfleet": subfleet.__version__,
-                    "algorithm": self.experiment.algorithm.name,
+                    "algorithm": self.tables["algorithm"]["name"],
                     "out": self.folder,
                 },
             )
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The experiment's tables."""
+        return tomllib.loads(self.experiment)
 
     @property
     def folder(self) -> str:
@@ -138,9 +144,9 @@ def code() -> Iterator[str]:
         yield str(copy_into(Path(scratch), PACKAGE))
 
 
-def own_modules(experiment: Experiment) -> list[Path]:
+def own_modules(tables: Mapping[str, Any]) -> list[Path]:
     """The user's own modules that an experiment names as "module:attribute": files or packages."""
-    names = (experiment.data.name, experiment.model.name, experiment.algorithm.name)
+    names = [tables[part]["name"] for part in ("data", "model", "algorithm")]
     tops = dict.fromkeys(name.partition(":")[0].partition(".")[0] for name in names if ":" in name)
     return [path for top in tops if (path := _source(top)) is not None]
 

@@ -249,8 +249,8 @@ def test_a_cluster_of_another_ray_is_named_beside_ours() -> None:
 
 
 def test_paths_that_the_cluster_cannot_see_are_refused(tmp_path: Path) -> None:
-    def made(**tables: dict) -> Experiment:
-        return Experiment(**{"data": {"name": "synthetic_femnist"}} | tables)
+    def made(**tables: dict) -> str:
+        return Experiment(**{"data": {"name": "synthetic_femnist"}} | tables).to_toml()
 
     with pytest.raises(InputError, match=r"data.source = 'here': is relative"):
         Submission(made(data={"name": "femnist", "source": "here"}))
@@ -274,7 +274,7 @@ def test_modules_of_the_users_own_are_sent_and_others_are_not(
 
     def sent(name: str) -> list[Path]:
         data = {"name": "synthetic_femnist"}
-        return own_modules(Experiment(data=data, algorithm={"name": name}))
+        return own_modules(Experiment(data=data, algorithm={"name": name}).to_tables())
 
     assert sent("own_file:A") == [tmp_path / "own_file.py"]
     assert sent("own_package.deep:A") == [tmp_path / "own_package"]
