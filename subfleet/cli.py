@@ -17,6 +17,7 @@ from subfleet.cli_catalog import algorithms
 from subfleet.cli_data import data_app
 from subfleet.cli_export import export
 from subfleet.cli_models import models_app
+from subfleet.cli_stress import stress
 from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
 
@@ -33,6 +34,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.command("algorithms")(algorithms)
 app.command("export")(export)
+app.command("stress")(stress)
 
 ExperimentFile = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment's TOML file.")
