@@ -44,8 +44,10 @@ def ladder_plot(rungs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> 
         )
         memory.plot(clients, [rung["peaks"]["all"] / 1e9 for rung in done], label=label, **look)
     failed = [rung["clients"] for rung in rungs if rung["status"] == "failed"]
+    counts = [rung["clients"] for rung in rungs]
     for axes, words in ((times, "seconds a round"), (memory, "memory in all, GB (peak)")):
         axes.set_xscale("log")
+        axes.set_xlim(0.5 * min(counts), 2 * max(counts))
         axes.set_xlabel("registered clients")
         axes.set_ylabel(words)
         if axes.lines:
