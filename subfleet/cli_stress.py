@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from subfleet.ladder import Outcome
 
 STATUS_NOTHING_WORKED = 1
-SAY_S = 5.0  # between two lines on progress, where the output is no terminal
+SAY_S = 5.0  # between two lines on progress
 SPEED = {
     "planning": "plan",
     "training on the hosts": "train",
@@ -131,13 +131,13 @@ def _stderr() -> Console:
 
 
 def _teller(console: Console, rungs: Sequence[Rung], rounds: int) -> Callable[[Rung, int], None]:
-    """Says how many rounds of a rung are done: now and then, and where it begins."""
-    said = 0.0
+    """Says how far a rung is: where it begins, and every few seconds."""
+    said, last = 0.0, None
 
     def say(rung: Rung, done: int) -> None:
-        nonlocal said
-        if done == 0 or time.monotonic() - said > SAY_S:
-            said = time.monotonic()
+        nonlocal said, last
+        if rung != last or time.monotonic() - said > SAY_S:
+            said, last = time.monotonic(), rung
             number = f"rung {list(rungs).index(rung) + 1} of {len(rungs)}"
             state = f"round {done} of {rounds}" if done else "starting ..."
             console.print(f"{number}: {rung}: {state}", highlight=False, soft_wrap=True)

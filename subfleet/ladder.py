@@ -50,11 +50,15 @@ class Plan:
 
         A step on 20 drawn images for each client of FedPA on a CNN of 14 thousand parameters.
         """
+        named = {override.partition("=")[0].strip() for override in self.overrides}
+        # Another model or data set has options of its own.
+        model = {"channels": [4, 8], "hidden": 32} if "model.name" not in named else {}
+        data = {"mean_samples": 20} if "data.name" not in named else {}
         share = 1 / len(self.widths)
         tiers = [{"name": f"width {w:g}", "share": share, "width": w} for w in self.widths]
         return Experiment(
-            data={"name": "synthetic_femnist", "clients": rung.clients, "mean_samples": 20},
-            model={"name": "small_cnn", "channels": [4, 8], "hidden": 32},
+            data={"name": "synthetic_femnist", "clients": rung.clients, **data},
+            model={"name": "small_cnn", **model},
             fleet={"tiers": tiers},
             algorithm={"name": "fedpa"},
             train={"batch_size": 20, "steps": 1},
@@ -102,7 +106,6 @@ def climb(plan: Plan, rungs: Sequence[Rung], say: Callable[[Rung, int], None]) -
         elif until is not None and time.monotonic() >= until:
             yield Outcome(rung, "skipped", f"--minutes {plan.minutes:g} were over")
         else:
-            say(rung, 0)
             outcome = _in_its_own_process(plan, rung, record, until, say)
             if outcome.status == "ok" and record is None:
                 record = plan.folder(rung) / "engine.json"
@@ -121,27 +124,24 @@ def _in_its_own_process(
     process = context.Process(target=_rung, args=(plan, rung, record, theirs))
     process.start()
     theirs.close()
-    said: Any = None
+    over, done = False, 0
     try:
-        while said is None or said[0] == "rounds":
+        while not over:
             if until is not None and time.monotonic() >= until:
-                return Outcome(
-                    rung, "failed", f"not done when --minutes {plan.minutes:g} were over"
-                )
-            try:
-                if ours.poll(POLL_S):
-                    said = ours.recv()
-            except EOFError:
-                process.join()
-                return Outcome(rung, "failed", _death(process.exitcode or 0))
-            if said is not None and said[0] == "rounds":
-                say(rung, said[1])
-        if said[0] == "failed":
-            return Outcome(rung, "failed", said[1])
-        return Outcome(rung, "ok", None, said[1])
+                why = f"not done when --minutes {plan.minutes:g} were over"
+                return Outcome(rung, "failed", why)
+            say(rung, done)
+            if ours.poll(POLL_S):
+                kind, value = ours.recv()
+                over = kind != "rounds"
+                done = done if over else value
+        return Outcome(rung, "ok", figures=value) if kind == "ok" else Outcome(rung, kind, value)
+    except EOFError:
+        process.join()
+        return Outcome(rung, "failed", _death(process.exitcode or 0))
     finally:
         ours.close()
-        _end(process, over=said is not None and said[0] != "rounds")
+        _end(process, over=over)
 
 
 def _end(process: Any, *, over: bool) -> None:

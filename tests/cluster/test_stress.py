@@ -172,6 +172,12 @@ def test_a_rung_s_own_options_are_not_set(tmp_path: Path) -> None:
         Plan(tmp_path, overrides=("train.lr=-1",))
 
 
+def test_another_model_comes_with_its_own_options(tmp_path: Path) -> None:
+    own = Plan(tmp_path, overrides=("model.name=leaf_cnn",)).experiment(Rung(10, 100))
+    assert own.to_tables()["model"] == {"name": "leaf_cnn"}
+    assert own.to_tables()["data"]["mean_samples"] == 20
+
+
 def test_a_ladder_that_is_out_of_time_says_which_rungs_it_left_out(tmp_path: Path) -> None:
     plan = Plan(tmp_path, minutes=1e-9)
     outcomes = list(climb(plan, [Rung(10, 5), Rung(10, 20)], lambda rung, done: None))
