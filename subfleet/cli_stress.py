@@ -88,11 +88,11 @@ def stress(
     from subfleet.cluster.start import check_address
     from subfleet.cluster.stress import Rung, parse_counts, parse_widths
     from subfleet.dashboards.ladder_plot import ladder_plot
-    from subfleet.ladder import Plan, climb, write
+    from subfleet.ladder import Ladder, climb, write
     from subfleet.platform.runfolder import environment
 
     check_address(address)
-    plan = Plan(
+    ladder = Ladder(
         out=where.absolute(),
         widths=tuple(parse_widths(tiers)),
         rounds=rounds,
@@ -106,9 +106,9 @@ def stress(
     facts, outcomes = {"environment": environment()}, []
     console = _stderr()
     say = _teller(console, rungs, rounds + 2)
-    for outcome in climb(plan, rungs, say):
+    for outcome in climb(ladder, rungs, say):
         outcomes.append(outcome)
-        found = write(plan, outcomes, facts)
+        found = write(ladder, outcomes, facts)
         ladder_plot(found["rungs"], where / "stress.png")
         _say_end(console, outcome)
     if as_json:

@@ -27,7 +27,7 @@ _GIVEN = {"data.clients": "--clients", "run.cohort": "--cohort", "run.rounds": "
 
 
 @dataclass(frozen=True)
-class Plan:
+class Ladder:
     """What all rungs share."""
 
     out: Path
@@ -92,28 +92,30 @@ class Outcome:
         return {**head, "status": self.status, "why": self.why, **self.figures}
 
 
-def climb(plan: Plan, rungs: Sequence[Rung], say: Callable[[Rung, int], None]) -> Iterator[Outcome]:
+def climb(
+    ladder: Ladder, rungs: Sequence[Rung], say: Callable[[Rung, int], None]
+) -> Iterator[Outcome]:
     """Runs one rung after the other; `say` hears of the rounds that are done.
 
     What the engine chose on the first rung that ends holds on all others, so that they differ
     in their clients alone.
     """
-    until = None if plan.minutes is None else time.monotonic() + 60 * plan.minutes
+    until = None if ladder.minutes is None else time.monotonic() + 60 * ladder.minutes
     record: Path | None = None
     for rung in rungs:
         if rung.impossible is not None:
             yield Outcome(rung, "skipped", rung.impossible)
         elif until is not None and time.monotonic() >= until:
-            yield Outcome(rung, "skipped", f"--minutes {plan.minutes:g} were over")
+            yield Outcome(rung, "skipped", f"--minutes {ladder.minutes:g} were over")
         else:
-            outcome = _in_its_own_process(plan, rung, record, until, say)
+            outcome = _in_its_own_process(ladder, rung, record, until, say)
             if outcome.status == "ok" and record is None:
-                record = plan.folder(rung) / "engine.json"
+                record = ladder.folder(rung) / "engine.json"
             yield outcome
 
 
 def _in_its_own_process(
-    plan: Plan,
+    ladder: Ladder,
     rung: Rung,
     record: Path | None,
     until: float | None,
@@ -121,14 +123,14 @@ def _in_its_own_process(
 ) -> Outcome:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_rung, args=(plan, rung, record, theirs))
+    process = context.Process(target=_rung, args=(ladder, rung, record, theirs))
     process.start()
     theirs.close()
     over, done = False, 0
     try:
         while not over:
             if until is not None and time.monotonic() >= until:
-                why = f"not done when --minutes {plan.minutes:g} were over"
+                why = f"not done when --minutes {ladder.minutes:g} were over"
                 return Outcome(rung, "failed", why)
             say(rung, done)
             if ours.poll(POLL_S):
@@ -172,15 +174,15 @@ def _death(status: int) -> str:
 # --- in the rung's own process -------------------------------------------------------------------
 
 
-def _rung(plan: Plan, rung: Rung, record: Path | None, pipe: Connection) -> None:
+def _rung(ladder: Ladder, rung: Rung, record: Path | None, pipe: Connection) -> None:
     """Runs the rung and tells ("rounds", how many), then ("ok", figures) or ("failed", why)."""
-    folder = plan.folder(rung)
-    plan.out.mkdir(parents=True, exist_ok=True)
+    folder = ladder.folder(rung)
+    ladder.out.mkdir(parents=True, exist_ok=True)
     log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        found = _run(plan, rung, record, lambda rounds: pipe.send(("rounds", rounds)))
+        found = _run(ladder, rung, record, lambda rounds: pipe.send(("rounds", rounds)))
     except (InputError, RunFailed) as error:
         pipe.send(("failed", str(error)))
     except Exception as error:
@@ -190,16 +192,16 @@ def _rung(plan: Plan, rung: Rung, record: Path | None, pipe: Connection) -> None
         pipe.send(("ok", found.to_json()))
 
 
-def _run(plan: Plan, rung: Rung, record: Path | None, tell: Callable[[int], None]) -> Measured:
-    experiment, folder = plan.experiment(rung), plan.folder(rung)
+def _run(ladder: Ladder, rung: Rung, record: Path | None, tell: Callable[[int], None]) -> Measured:
+    experiment, folder = ladder.experiment(rung), ladder.folder(rung)
     began_s = time.perf_counter()
     hosts, room = max(1, experiment.run.hosts), {"machine": machine_bytes()}
-    watch = Watch(folder / "metrics.jsonl", ray=not plan.local, tell=tell)
+    watch = Watch(folder / "metrics.jsonl", ray=not ladder.local, tell=tell)
     with ExitStack() as stack:
-        if not plan.local:
+        if not ladder.local:
             from subfleet.cluster.start import placement, ray_session
 
-            ray = stack.enter_context(ray_session(plan.address))
+            ray = stack.enter_context(ray_session(ladder.address))
             hosts = placement(ray.nodes(), experiment.run.hosts, experiment.run.device).hosts
             store = sum(n["Resources"].get("object_store_memory", 0) for n in ray.nodes())
             room["object_store"] = int(store)
@@ -209,7 +211,7 @@ def _run(plan: Plan, rung: Rung, record: Path | None, tell: Callable[[int], None
         watch.start()
         stack.callback(watch.stop)
         run = launch(
-            experiment, out=folder, local=plan.local, address=plan.address, engine_record=record
+            experiment, out=folder, local=ladder.local, address=ladder.address, engine_record=record
         )
     return _figures(run, watch, rung, hosts, began_s, room)
 
@@ -232,16 +234,16 @@ def _figures(
     )
 
 
-def write(plan: Plan, outcomes: Iterable[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
+def write(ladder: Ladder, outcomes: Iterable[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
     """`stress.json` in the ladder's folder, and what is in it."""
     found = {
         **facts,
-        "widths": list(plan.widths),
-        "rounds": plan.rounds,
-        "set": list(plan.overrides),
-        "local": plan.local,
+        "widths": list(ladder.widths),
+        "rounds": ladder.rounds,
+        "set": list(ladder.overrides),
+        "local": ladder.local,
         "rungs": [outcome.to_json() for outcome in outcomes],
     }
-    plan.out.mkdir(parents=True, exist_ok=True)
-    (plan.out / "stress.json").write_text(json.dumps(found, indent=2) + "\n")
+    ladder.out.mkdir(parents=True, exist_ok=True)
+    (ladder.out / "stress.json").write_text(json.dumps(found, indent=2) + "\n")
     return found

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from subfleet.cluster.watch import RoundEnd
-from subfleet.core.errors import InputError
+from subfleet.core.errors import InputError, RunFailed
 
 TRAINING = "training on the hosts"
 HOSTS = "reading and summing on the hosts"
@@ -39,7 +39,7 @@ SPREAD = 100  # rounds over which the start-up is spread, to set it beside a rou
 NEEDED = {"coordinator": "memory of the coordinator", "hosts": "memory of the hosts"}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Rung:
     """A step of the ladder."""
 
@@ -156,8 +156,13 @@ def measured(
     """The figures of a run: of its rounds but the first and the last, which is evaluated.
 
     `client_rounds` and `client_seconds` have an entry for each client and round, `ends` one for
-    each round; `began_s` is when the run began, on their clock.
+    each round; `began_s` is when the run began, on their clock. RunFailed if it ended early.
     """
+    if len(records) < 3:
+        raise RunFailed(
+            f"the run ended after {len(records)} rounds, of which none counts: the first warms up "
+            "and the last is evaluated; do not set run.max_seconds or run.target_accuracy"
+        )
     counted = range(1, len(records) - 1)
     parts, cpu, walls = [], [], []
     for i in counted:

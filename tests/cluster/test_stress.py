@@ -27,7 +27,7 @@ from subfleet.cluster.stress import (
 )
 from subfleet.cluster.watch import RoundEnd, Watch, family, machine_bytes
 from subfleet.core.errors import InputError
-from subfleet.ladder import Plan, climb
+from subfleet.ladder import Ladder, climb
 
 ROOM = {"machine": 10_000_000_000, "object_store": 2_000_000_000}
 
@@ -167,20 +167,20 @@ def test_without_an_object_store_there_is_none_to_fill() -> None:
 
 def test_a_rung_s_own_options_are_not_set(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--set run.cohort=3: .* give --cohort"):
-        Plan(tmp_path, overrides=("run.cohort=3",))
+        Ladder(tmp_path, overrides=("run.cohort=3",))
     with pytest.raises(InputError, match=r"train\.lr"):
-        Plan(tmp_path, overrides=("train.lr=-1",))
+        Ladder(tmp_path, overrides=("train.lr=-1",))
 
 
 def test_another_model_comes_with_its_own_options(tmp_path: Path) -> None:
-    own = Plan(tmp_path, overrides=("model.name=leaf_cnn",)).experiment(Rung(10, 100))
+    own = Ladder(tmp_path, overrides=("model.name=leaf_cnn",)).experiment(Rung(10, 100))
     assert own.to_tables()["model"] == {"name": "leaf_cnn"}
     assert own.to_tables()["data"]["mean_samples"] == 20
 
 
 def test_a_ladder_that_is_out_of_time_says_which_rungs_it_left_out(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, minutes=1e-9)
-    outcomes = list(climb(plan, [Rung(10, 5), Rung(10, 20)], lambda rung, done: None))
+    ladder = Ladder(tmp_path, minutes=1e-9)
+    outcomes = list(climb(ladder, [Rung(10, 5), Rung(10, 20)], lambda rung, done: None))
     assert [outcome.status for outcome in outcomes] == ["skipped", "skipped"]
     assert "from 5 clients" in (outcomes[0].why or "")
     assert outcomes[1].why == "--minutes 1e-09 were over"
