@@ -133,3 +133,107 @@ def test_what_the_engine_cannot_do_is_said(side: Any) -> None:
     workload = side("workloads").WORKLOADS["logreg"]
     with pytest.raises(InputError, match="dtype='int8'"):
         alone.choice_for(alone.network(workload), "cpu", alone.How(dtype="int8"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of `benchmarks` by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("reduce", ["--partials", "8,x"], "--partials 8,x: give whole numbers from 1 up"),
+        ("reduce", ["--rounds", "0"], "--rounds 0: give 1 or more"),
+        ("plan", ["a", "b", "--gpus", "0"], "--gpus 0: give whole numbers from 1 up"),
+        ("plan", ["a", "b", "--cohort", "-1"], "--cohort -1: give a number above 0"),
+    ],
+)
+def test_a_wrong_option_of_a_script_is_named(
+    name: str, words: list[str], said: str, benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark(name).parsed(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_sums_that_are_merged_are_of_a_million_parameters(benchmark: Any) -> None:
+    from subfleet.launch import assemble
+    from subfleet.platform.merging import pays
+
+    reduce = benchmark("reduce")
+    net = assemble(reduce.experiment(8, 2)).work.net
+    assert sum(value.numel() for value in net.init(0).values()) == 999_923
+    assert pays([net.init(0)]), "large enough to be merged on hosts"
+
+
+STRESS = {
+    "rungs": [
+        {"status": "ok", "clients": 100, "cohort": 1000, "coordinator_cpu_s": 99.0},
+        {"status": "ok", "clients": 1000, "cohort": 1000, "coordinator_cpu_s": 0.2},
+        {"status": "failed", "clients": 2000, "cohort": 100},
+        {"status": "ok", "clients": 1000, "cohort": 100, "coordinator_cpu_s": 0.11},
+    ]
+}
+REDUCE = {
+    "parameters": 1_000_000,
+    "rows": [
+        {"partials": 8, "tree": {"coordinator_cpu_s": 0.1, "merging_s": 9.0, "server_s": 9.0}},
+        # 512 sums and 72 merges of them: 576 calls more than 8
+        {
+            "partials": 512,
+            "tree": {"coordinator_cpu_s": 0.1 + 0.576, "merging_s": 0.056, "server_s": 0.016},
+        },
+    ],
+}
+
+
+def test_unit_costs_are_slopes_of_what_was_measured(benchmark: Any) -> None:
+    costs = benchmark("plan").Costs.of(STRESS, REDUCE)
+    assert costs.client_s == pytest.approx(1e-4)
+    assert costs.round_s == pytest.approx(0.1)
+    assert costs.bundle_s == pytest.approx(1e-3 - 1e-4)
+    assert costs.byte_s == pytest.approx(1e-9), "seven additions of 8 MB"
+    assert costs.server_byte_s == pytest.approx(2e-9)
+
+
+def test_one_cohort_gives_no_slope(benchmark: Any) -> None:
+    with pytest.raises(ValueError, match="1 rungs at 1,000 clients; measure two cohorts"):
+        benchmark("plan").Costs.of({"rungs": STRESS["rungs"][:2]}, REDUCE)
+
+
+def test_a_plan_is_that_of_the_formulas_by_hand(benchmark: Any) -> None:
+    plan = benchmark("plan")
+    costs = plan.Costs(round_s=0.1, client_s=1e-4, bundle_s=1e-3, byte_s=1e-9, server_byte_s=2e-9)
+    site = plan.Site(
+        clients=1000,
+        cohort=100,
+        rows=100,
+        row_bytes=10,
+        params=1_000_000,
+        macs=1_000_000,
+        gpus=16,
+        node_gpus=8,
+        rate=10.0,
+        network=1e9,
+    )
+    found = plan.needs(site, costs)
+    # 3.2 nominal seconds: 16 bundles, two merges of eight, two sums left, of 8 MB each.
+    assert (found["bundles"], found["merges"], found["nodes"]) == (16, 2, 2)
+    assert found["tree_to_node_bytes"] == 4_000_000
+    assert found["sums_made_on_node_bytes"] == 64_000_000
+    assert found["sums_into_node_bytes"] == 32_000_000
+    assert found["sums_to_coordinator_bytes"] == 16_000_000
+    assert found["rows_from_head_bytes"] == 50_000
+    assert found["dormant_bytes"] == 14_000
+    assert found["training_s"] == pytest.approx(0.625)
+    # 0.1 a round, 0.01 clients, 0.018 calls, 0.008 one addition, 0.016 the server step
+    assert found["coordinator_s"] == pytest.approx(0.152)
+    # training; a merge of fetched sums, 0.032 + 0.056; what the coordinator does alone
+    assert found["round_s"] == pytest.approx(0.625 + 0.088 + 0.134)
+    assert found["breaks_first"] == "the coordinator's processor"
+    assert found["gpus_that_pay"] == pytest.approx(100 / (10 * 0.152))
+    assert "16 GPUs, 10/s each" in plan.table([found])

@@ -10,9 +10,9 @@ from typing import Any
 from subfleet.core.errors import InputError
 
 # Okabe and Ito's palette, less its yellow, which is faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def curve(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -52,9 +52,9 @@ def accuracy_plot(
             rounds,
             values,
             label=label,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             linestyle=_LINES[number % len(_LINES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             markevery=max(1, len(rounds) // 8),
             markersize=5,
         )

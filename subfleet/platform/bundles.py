@@ -98,7 +98,17 @@ class Trial:
         return np.array([task.client for task in self.tasks], np.int64)
 
 
-Bundle = TrainBundle | EvalBundle | Trial
+@dataclass(frozen=True)
+class Merge:
+    """Sums of other bundles, by number and in order, that one host adds up (see `merging`)."""
+
+    number: int
+    round: int
+    of: tuple[int, ...]
+    predicted: float = 0.0
+
+
+Bundle = TrainBundle | EvalBundle | Trial | Merge
 
 
 @dataclass(frozen=True)

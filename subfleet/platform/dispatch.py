@@ -13,6 +13,7 @@ from subfleet.core.aggregate import Update
 from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.program import ClientTask, Params
 from subfleet.platform import bundles as bundling
+from subfleet.platform import merging
 from subfleet.platform.bundles import BundleResult, Own, TrainBundle
 from subfleet.platform.clock import PhaseClock
 from subfleet.platform.executor import Executor
@@ -144,8 +145,12 @@ class Dispatch:
         self, bundles: list[TrainBundle], plan: RoundPlan, *, collect: bool
     ) -> tuple[list[BundleResult], Reduced]:
         results: list[BundleResult | None] = [None] * len(bundles)
-        tree: ReductionTree[Update] = ReductionTree(len(bundles), self._merge)
-        arrivals = self.executor.run(bundles, plan.shared)
+        merges, left = [], list(range(len(bundles)))
+        if self.executor.merges and not collect and merging.pays(plan.shared.values()):
+            merges, left = merging.merges(len(bundles), bundles[0].round if bundles else 0)
+        leaf = {number: i for i, number in enumerate(left)}
+        tree: ReductionTree[Update] = ReductionTree(len(left), self._merge)
+        arrivals = self.executor.run([*bundles, *merges], plan.shared)
         done = 0
         while True:
             tell_progress(self.observers, done, len(plan.tasks))
@@ -155,8 +160,10 @@ class Dispatch:
                 break
             if result.update is not None:
                 with self.clock.phase("reduce"):
-                    tree.add(result.number, result.update)
+                    tree.add(leaf[result.number], result.update)
             self._heed_stop()
+            if result.number >= len(bundles):
+                continue  # a merge: no client of its own
             done += len(bundles[result.number].tasks)
             # The partial sum lives on in the tree alone.
             results[result.number] = replace(result, update=None)

@@ -18,8 +18,9 @@ from subfleet.core.program import Params
 from subfleet.datasets.federation import Federation
 from subfleet.datasets.stream import CohortStream
 from subfleet.datasets.tables import Upcoming
-from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle
+from subfleet.platform.bundles import Bundle, BundleResult, Merge, TrainBundle
 from subfleet.platform.engine import Work
+from subfleet.platform.merging import HeldSums, by_group
 from subfleet.platform.retry import Decision, decide
 from subfleet.platform.worker import Worker
 
@@ -38,6 +39,7 @@ class Executor(Protocol):
     """Runs bundles and yields their results as they come, in any order."""
 
     retries: int  # bundles that had to be run again, so far
+    merges: bool  # whether it runs `Merge`s: sums of other bundles, which it then keeps to itself
 
     @property
     def device(self) -> str:
@@ -75,6 +77,7 @@ class InlineExecutor:
     def __init__(self, work: Work, federation: Federation, device: str = "cpu", workers: int = 1):
         self.device = device
         self.retries = 0
+        self.merges = False  # everything lies in this process
         self._workers = [Worker(work, federation, device) for _ in range(workers)]
 
     def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
@@ -85,6 +88,7 @@ class InlineExecutor:
     ) -> Iterator[BundleResult]:
         """Every bundle's result, in order of dispatch."""
         for turn, bundle in enumerate(longest_first(bundles)):
+            assert not isinstance(bundle, Merge)
             yield self._workers[turn % len(self._workers)].run(bundle, shared)
 
     def close(self) -> None:
@@ -153,6 +157,7 @@ class RayExecutor:
     ):
         self.device = hosts.device
         self.retries = 0
+        self.merges = True
         self._actors = hosts
         self._hosts = [_Host(actor) for actor in hosts.actors]
         self._look_at = monotonic() + LOOK_S
@@ -170,38 +175,69 @@ class RayExecutor:
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
     ) -> Iterator[BundleResult]:
-        """Every bundle's result as it ends; a lost host's bundles run elsewhere."""
+        """Every bundle's result as it ends; a lost host's bundles run elsewhere.
+
+        What a merge takes has no sum in its result: it stays where it was made.
+        """
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import ObjectLostError, RayError
 
         versions = list(shared)
         refs = self._put([shared[version] for version in versions])
-        waiting = deque(longest_first(bundles))
+        sums: HeldSums[Any] = HeldSums(bundles)
+        at_once = [bundle for bundle in bundles if not isinstance(bundle, Merge)]
+        ordered = longest_first(at_once)
+        waiting = deque(ordered if len(at_once) == len(bundles) else by_group(ordered))
+        told: set[int] = set()
         attempts = {bundle.number: 0 for bundle in bundles}
-        flying: dict[Any, tuple[Bundle, _Host]] = {}
+        flying: dict[Any, tuple[Bundle, _Host, Any]] = {}  # the last: where its sum will be
         self._last_up = monotonic()  # patience counts from now, not from the last call
         try:
             while waiting or flying:
                 while waiting and (host := self._free()) is not None:
                     bundle = waiting.popleft()
                     attempts[bundle.number] += 1
-                    parts, tables = self._rows_of(bundle, attempts[bundle.number])
-                    call = host.actor.run.remote(bundle, versions, parts, *refs, *tables)
-                    flying[call] = (bundle, host)
+                    given = self._given(bundle, attempts[bundle.number], versions, refs, sums)
+                    if sums.stays(bundle):
+                        call, there = host.actor.run_apart.remote(bundle, *given)
+                    else:
+                        call, there = host.actor.run.remote(bundle, *given), None
+                    flying[call] = (bundle, host, there)
                     host.load += 1
                 for ref in self._ended(flying):
-                    bundle, host = flying.pop(ref)
+                    bundle, host, there = flying.pop(ref)
                     host.load -= 1
                     try:
                         result: Any = ray.get(ref)
                     except RayError as error:
                         self._again(bundle, host, error, attempts[bundle.number])
-                        waiting.appendleft(bundle)
+                        if isinstance(bundle, Merge) and isinstance(error, ObjectLostError):
+                            waiting.extendleft(sums.lost(bundle))
+                        else:
+                            waiting.appendleft(bundle)
                     else:
-                        yield result
+                        sums.hold(bundle, there)
+                        waiting.extendleft(sums.ready())
+                        if bundle.number not in told:
+                            told.add(bundle.number)
+                            yield result
         finally:
             # Left early: hosts are still at these.
-            self._strays |= {ref: host for ref, (_, host) in flying.items()}
+            self._strays |= {ref: host for ref, (_, host, _) in flying.items()}
+
+    def _given(
+        self,
+        bundle: Bundle,
+        attempt: int,
+        versions: list[int],
+        refs: list[Any],
+        sums: HeldSums[Any],
+    ) -> tuple[Any, ...]:
+        """What a host gets with a bundle: the shared trees and its rows, or the sums to merge."""
+        if isinstance(bundle, Merge):
+            return [], [], *sums.of(bundle)
+        parts, tables = self._rows_of(bundle, attempt)
+        return versions, parts, *refs, *tables
 
     def _rows_of(self, bundle: Bundle, attempt: int) -> tuple[list[str], list[Any]]:
         """The streamed rows of a bundle: tables and the part of each.

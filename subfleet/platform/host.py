@@ -13,11 +13,13 @@ from ray import cloudpickle
 from ray.exceptions import RaySystemError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from subfleet.core.aggregate import Update
 from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation
-from subfleet.platform.bundles import Bundle, BundleResult
+from subfleet.platform.bundles import Bundle, BundleResult, Merge
 from subfleet.platform.engine import Work
 from subfleet.platform.executor import as_tensors
+from subfleet.platform.merging import apart
 from subfleet.platform.placement import Placement, placement
 from subfleet.platform.worker import Worker
 
@@ -52,14 +54,21 @@ class ClientHost:
         """Runs one bundle on the trees it names and the tables of its rows.
 
         `objects`: a tree for each of `versions`, then a table for each of `parts`. Ray
-        fetches arguments, but not references inside a list.
+        fetches arguments, but not references inside a list. A merge takes sums alone.
         """
+        if isinstance(bundle, Merge):
+            return self.worker.merge(bundle, objects)
         trees, tables = objects[: len(versions)], objects[len(versions) :]
         shared = {v: as_tensors(tree) for v, tree in zip(versions, trees, strict=True)}
         by_part: dict[str, list[Any]] = {}
         for part, table in zip(parts, tables, strict=True):
             by_part.setdefault(part, []).append(table)
         return self.worker.run(bundle, shared, by_part)
+
+    @ray.method(num_returns=2)
+    def run_apart(self, *args: Any) -> tuple[BundleResult, Update | None]:
+        """`run`, with the sum as an object of its own, for a host to take."""
+        return apart(self.run(*args))
 
 
 class Sealed:

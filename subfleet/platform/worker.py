@@ -9,11 +9,13 @@ from time import perf_counter
 import numpy as np
 import pyarrow as pa
 
+from subfleet.core.aggregate import Update
 from subfleet.core.program import Params
 from subfleet.datasets.federation import Block, Federation
 from subfleet.datasets.tables import to_block
-from subfleet.platform.bundles import Bundle, BundleResult, TrainBundle, Trial
+from subfleet.platform.bundles import BundleResult, EvalBundle, Merge, TrainBundle, Trial
 from subfleet.platform.engine import Engine, Work, parts_needed
+from subfleet.platform.merging import merged
 
 
 class Worker:
@@ -25,7 +27,7 @@ class Worker:
 
     def run(
         self,
-        bundle: Bundle,
+        bundle: TrainBundle | EvalBundle | Trial,
         shared: Mapping[int, Params],
         tables: Mapping[str, Sequence[pa.Table]] | None = None,
     ) -> BundleResult:
@@ -51,6 +53,12 @@ class Worker:
         else:
             result = self.engine.evaluate(bundle, blocks, shared)
         return replace(result, seconds=result.seconds | {"read": read})
+
+    def merge(self, merge: Merge, sums: Sequence[Update]) -> BundleResult:
+        """Adds up the sums of neighbours, which come in order."""
+        started = perf_counter()
+        update = merged(sums, self.engine.work.net.space)
+        return BundleResult(merge.number, {}, {"merge": perf_counter() - started}, update)
 
     def _block(self, ids: np.ndarray, part: str, tables: Sequence[pa.Table] | None) -> Block:
         if tables:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets import ClientRows, Store, write_store
 from subfleet.datasets.reader import Layout
 from subfleet.launch import Run, assemble, launch
-from subfleet.platform.bundles import EvalBundle
+from subfleet.platform.bundles import EvalBundle, Merge
 from subfleet.platform.executor import RayExecutor
+from subfleet.platform.merging import HeldSums
 from subfleet.platform.metrics import read_metrics
+from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
@@ -174,6 +177,68 @@ def test_residuals_and_personal_models_survive_a_lost_host(
     assert killed and sum(record["retries"] for record in run.metrics) >= 1
     assert run.summary["params_sha256"] == plain.summary["params_sha256"]
     assert run.summary["acc_local"] == plain.summary["acc_local"]
+
+
+# Sums of over a megabyte, in more bundles than the coordinator merges itself.
+LARGE_SUMS = ["model.hidden=256", "run.bundle_clients=1", "run.rounds=2", "run.engine=loop"]
+
+
+@pytest.fixture(scope="module")
+def large_sums(
+    mixed_fleet: Experiment, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, Run]:
+    """An experiment whose sums are merged on hosts, and its run without any."""
+    experiment = mixed_fleet.with_overrides(LARGE_SUMS)
+    return experiment, launch(experiment, out=tmp_path_factory.mktemp("large") / "run", local=True)
+
+
+def test_sums_merged_on_hosts_have_the_same_bits_also_after_a_loss(
+    large_sums: tuple[Experiment, Run], busy_hosts: Callable[[], list[int]], tmp_path: Path
+) -> None:
+    experiment, here = large_sums
+    run, killed = losing_a_host(experiment, 2, tmp_path / "run", busy_hosts)
+    assert killed and sum(record["retries"] for record in run.metrics) >= 1
+    assert run.summary["params_sha256"] == here.summary["params_sha256"]
+    assert_every_round_once(run, experiment)
+
+
+def lost_object(ray: Any) -> Any:
+    """A reference whose object went with the process that had put it."""
+
+    class Maker:
+        def make(self) -> list[Any]:
+            return [ray.put(np.zeros(1 << 17))]
+
+    maker = ray.remote(num_cpus=0)(Maker).remote()
+    (reference,) = ray.get(maker.make.remote())
+    ray.kill(maker)
+    return reference
+
+
+def test_sums_that_are_lost_before_they_are_merged_are_made_again(
+    large_sums: tuple[Experiment, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the first merge begins one of its sums is gone, like those of a lost node."""
+    import ray
+
+    from subfleet.platform.host import Hosts
+
+    experiment, here = large_sums
+    job = assemble(experiment)
+    lost = [lost_object(ray)]
+    find = HeldSums.of
+
+    def losing(sums: HeldSums, merge: Merge) -> list:
+        found = find(sums, merge)
+        return [*found[:3], lost.pop(), *found[4:]] if lost else found
+
+    monkeypatch.setattr(HeldSums, "of", losing)
+    hosts = Hosts(job.work, job.federation, wanted=2, device="cpu")
+    executor = RayExecutor(hosts)
+    summary = Rounds(job, executor, RunFolder.create(tmp_path / "run", "", "f")).run()
+    hosts.kill()
+    assert not lost and executor.retries == 1
+    assert summary["params_sha256"] == here.summary["params_sha256"]
 
 
 def test_a_run_without_a_host_that_answers_fails_and_says_so(mixed_fleet: Experiment) -> None:
