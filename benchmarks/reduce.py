@@ -83,10 +83,9 @@ def measure(setting: Experiment, on_hosts: bool) -> dict[str, Any]:
     """One run on a Ray of its own, its sums merged on hosts or all here."""
     job, processor = assemble(setting), Processor()
     with tempfile.TemporaryDirectory() as path, ray_session(None):
-        from subfleet.platform.host import start_hosts
+        from subfleet.platform.host import Hosts
 
-        options = {"device": "cpu", "cpus": 0.5, "gpus": 0.0}
-        hosts = start_hosts(HOSTS, job.work, job.federation, **options)
+        hosts = Hosts(job.work, job.federation, wanted=HOSTS, device="cpu")
         executor = RayExecutor(hosts)
         executor.merges = on_hosts
         folder = RunFolder.create(Path(path) / "run", "", "reduce")

@@ -1,6 +1,14 @@
 """`python -m subfleet` is the command `subfleet`."""
 
+import os
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - a cluster's may be older than the sender's
+    here, sender = sys.version.split()[0], os.environ.get("SUBFLEET_SENT_BY", "your shell")
+    sys.exit(
+        f"error: this is Python {here}, started by {sender}; subfleet needs Python 3.11 or newer: "
+        "start the cluster with one"
+    )
 
 import subfleet
 

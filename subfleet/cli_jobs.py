@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from subfleet.cli_support import DebugOption, JsonOption, print_json, print_table, reported
-from subfleet.core.errors import RunFailed
+from subfleet.core.errors import InputError, RunFailed
 
 ADDRESS = "http://127.0.0.1:8265"
 
@@ -46,8 +46,8 @@ def submit(
         ),
     ] = None,
     name: Annotated[
-        str, typer.Option(metavar="ID", help="The job's id; by default a new one.")
-    ] = "",
+        str | None, typer.Option(metavar="ID", help="The job's id; by default a new one.")
+    ] = None,
     more: Annotated[
         list[Path] | None,
         typer.Option("--with", metavar="PATH", help="A file or folder to send along; repeatable."),
@@ -84,14 +84,16 @@ def submit(
     from subfleet.cluster.jobs import JobServer, exit_status
     from subfleet.cluster.submit import Submission
     from subfleet.config import Experiment
-    from subfleet.core.errors import InputError
 
     if fetch is not None and not wait:
         raise InputError("--fetch waits for the job's end; leave out --no-wait")
     if fetch is not None:
         check_free(fetch)
     loaded = Experiment.load(experiment, overrides or ())
-    submission = Submission(loaded.to_toml(), name, out, restarts, tuple(more or ()))
+    named = {} if name is None else {"id": name}
+    submission = Submission(
+        loaded.to_toml(), out=out, restarts=restarts, more=tuple(more or ()), **named
+    )
     server = JobServer(address)
     typer.echo(f"sending the code to {server.address} ...", err=True)
     submission.send(server)
@@ -158,6 +160,31 @@ def logs(
     if follow:
         _end(_followed(server, id))
     typer.echo(server.log(id), nl=False)
+
+
+@jobs_app.command()
+@reported
+def fetch(
+    id: JobArgument,
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="A folder here, absent or empty.")],
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Bring a job's run folder here, without checkpoints.
+
+    \b
+    Example:
+      subfleet jobs fetch subfleet-1a2b3c4d runs/a
+    """
+    from subfleet.cluster.fetch import fetch as fetch_folder
+    from subfleet.cluster.jobs import JobServer
+
+    server = JobServer(address)
+    folder = server.job(id).metadata.get("out")
+    if folder is None:
+        raise InputError(f"job {id}: was not submitted by `subfleet submit`; copy its files")
+    fetch_folder(server, folder, to)
+    typer.echo(str(to))
 
 
 @jobs_app.command()

@@ -199,7 +199,8 @@ def _run(ladder: Ladder, rung: Rung, record: Path | None, tell: Callable[[int], 
     watch = Watch(folder / "metrics.jsonl", ray=not ladder.local, tell=tell)
     with ExitStack() as stack:
         if not ladder.local:
-            from subfleet.cluster.start import placement, ray_session
+            from subfleet.cluster.start import ray_session
+            from subfleet.platform.placement import placement
 
             ray = stack.enter_context(ray_session(ladder.address))
             hosts = placement(ray.nodes(), experiment.run.hosts, experiment.run.device).hosts

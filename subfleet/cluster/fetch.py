@@ -19,6 +19,7 @@ from subfleet.cluster.jobs import JobServer, exit_status
 from subfleet.cluster.submit import code, quoted
 from subfleet.core.errors import InputError, RunFailed
 
+FETCHES = "subfleet-fetch"
 STAYS = ("checkpoints", "kept")
 _LINE = 1 << 16
 _ARCHIVE = re.compile(r"<subfleet archive ([0-9a-f]{64})>\s(.*?)<end of archive>", re.DOTALL)
@@ -36,7 +37,7 @@ def fetch(server: JobServer, folder: str, target: Path) -> None:
     Raises `RunFailed` where it cannot be read there, or came damaged.
     """
     check_free(target)
-    id = f"subfleet-fetch-{token_hex(4)}"
+    id = f"{FETCHES}-{token_hex(4)}"
     with code() as package:
         server.submit(
             id,
@@ -44,13 +45,13 @@ def fetch(server: JobServer, folder: str, target: Path) -> None:
             runtime_env={"py_modules": [package]},
             metadata={"subfleet": "fetch"},
         )
-    job = server.follow(id, lambda text: None)
+    job = server.ended(id)
     log = server.log(id)
+    server.client.delete_job(id)
     if status := exit_status(job):
         last = (log.strip().splitlines() or [job.message])[-1]
         raise RunFailed(f"{folder} cannot be fetched from {server.address} ({status}): {last}")
     unpack(log, target)
-    server.client.delete_job(id)
 
 
 def pack(folder: Path) -> str:
@@ -77,11 +78,14 @@ def unpack(text: str, target: Path) -> None:
         data = b""
     if found is None or hashlib.sha256(data).hexdigest() != found[1]:
         raise RunFailed(
-            f"what came for {target} is damaged; fetch it again, or copy it from the cluster"
+            f"what came for {target} is damaged; `subfleet jobs fetch` fetches it again"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
-        archive.extractall(target, filter="data")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            archive.extractall(target, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise RunFailed(f"{target}: cannot be written ({error}); give another folder") from error
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ANSWER_S = 5.0  # how long a server may take to answer a knock
 POLL_S = 0.5
+TOLD_S = 2.0  # in which a failed job's exit status follows
 STOPPED = 143  # of a job that was stopped before it told its own status, as after SIGTERM
 
 
@@ -68,12 +69,15 @@ class JobServer:
 
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
         try:
+            # The client itself would wait for ever; whether the token is right, it says.
+            requests.get(f"{self.address}/api/version", timeout=ANSWER_S)
             client = JobSubmissionClient(self.address)
             version = client._do_request("GET", "/api/version", timeout=ANSWER_S).json()
         except AuthenticationError as error:
             raise InputError(
-                f"--address {self.address}: the cluster refuses the token; put its token into "
-                "~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head shows it)"
+                f"--address {self.address}: the cluster wants its token, and here is none, or "
+                "another one; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN "
+                "(`ray get-auth-token` on the head shows it)"
             ) from error
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
             raise InputError(
@@ -137,8 +141,16 @@ class JobServer:
             asyncio.run(tail())
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             raise self._gone(id, error) from error
-        while not (job := self.job(id)).over or (job.status == "FAILED" and _early(job)):
+        return self.ended(id)
+
+    def ended(self, id: str) -> JobInfo:
+        """Waits for a job's end; the job as it ended."""
+        while not (job := self.job(id)).over:
             time.sleep(POLL_S)
+        until = time.monotonic() + TOLD_S
+        while job.status == "FAILED" and job.exit_status is None and time.monotonic() < until:
+            time.sleep(POLL_S)  # its exit status may still be on its way
+            job = self.job(id)
         return job
 
     def _gone(self, id: str, error: Exception) -> RunFailed:
@@ -156,12 +168,6 @@ class JobServer:
         while not (job := self.job(id)).over and time.monotonic() < until:
             time.sleep(POLL_S)
         return job
-
-
-def _early(job: JobInfo) -> bool:
-    """Whether a job is said to have failed while its exit status is still being written."""
-    ended = job.ended or time.time()
-    return job.exit_status is None and time.time() - ended < 2.0
 
 
 def exit_status(job: JobInfo) -> int:

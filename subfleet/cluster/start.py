@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -17,9 +18,11 @@ from subfleet.platform.executor import brief
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import Observer, tell
+from subfleet.platform.placement import placement
 from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.signals import terminable
 
+ROOM_S = 300.0  # how long nodes may take to join
 ANSWER_S = 5.0  # how long a cluster may take to answer a knock
 ZIPPED_STDLIB = f"/python{sys.version_info.major}{sys.version_info.minor}.zip"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -183,6 +186,7 @@ def run_on_ray(
     once too often.
     """
     with ray_session(address) as ray:
+        _wait_for_room(ray, progress)
         for again in range(1, restarts + 2):
             try:
                 return _coordinated(ray, job, folder, observers, progress, hosts, device)
@@ -195,6 +199,22 @@ def run_on_ray(
                     words = f"the coordinator's process died; going on from {begin}"
                     tell([progress], f"{words} (restart {again} of {restarts})")
     raise AssertionError  # every turn returns or raises
+
+
+def _wait_for_room(ray: Any, progress: Observer | None) -> None:
+    """Waits for a node with a core: a job may begin before the nodes of its cluster are there."""
+    until = time.monotonic() + ROOM_S
+    told = False
+    while not placement(ray.nodes(), 0, "auto").hosts:
+        if time.monotonic() > until:
+            raise RunFailed(
+                f"no node of the cluster has had a core to train on for {ROOM_S:g} s; add nodes "
+                "(`ray status` shows them), or start the head without --num-cpus=0"
+            )
+        if progress is not None and not told:
+            tell([progress], "waiting for nodes: none has a core yet")
+            told = True
+        time.sleep(1.0)
 
 
 def _coordinated(

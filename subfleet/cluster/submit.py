@@ -7,6 +7,8 @@ modules, on every node that works for the job.
 from __future__ import annotations
 
 import importlib.util
+import platform
+import re
 import shlex
 import shutil
 import sys
@@ -15,7 +17,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -28,7 +30,8 @@ PACKAGE = Path(subfleet.__file__).parent
 FILE = "experiment.toml"
 RESTARTS = 3
 STOP_WAIT_S = 30  # Ray's three seconds are too few to save a round in
-_PATHS = ("source", "start_from", "trace")  # keys whose values are paths
+_PATHS = re.compile(r"data\.(source|glove)|run\.start_from|fleet\..*device\.trace")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,17 @@ class Submission:
     """
 
     experiment: str
-    id: str = ""
+    id: str = field(default_factory=lambda: f"subfleet-{token_hex(4)}")
     out: str | None = None
     restarts: int = RESTARTS
     more: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        if not self.id:
-            object.__setattr__(self, "id", f"subfleet-{token_hex(4)}")
+        if not _NAME.fullmatch(self.id):
+            raise InputError(
+                f"--name {self.id}: is no name of a job; give letters, digits, '.', '_' and '-', "
+                "at most 100"
+            )
         if self.restarts < 0:
             raise InputError(
                 f"--restarts {self.restarts}: is below 0; give how often to start again"
@@ -64,16 +70,25 @@ class Submission:
                 f"{key} = {path!r}: is relative to a folder here that the cluster does not see; "
                 "give an absolute path on storage that every node of the cluster sees"
             )
+        own_modules(self.tables)
+        taken = {FILE}
         for path in self.more:
             if not path.exists():
                 raise InputError(f"--with {path}: there is no such file or folder")
+            if path.resolve().name in taken:
+                raise InputError(
+                    f"--with {path}: {path.resolve().name} is sent along already; give it another "
+                    "name"
+                )
+            taken.add(path.resolve().name)
 
     def send(self, server: JobServer) -> None:
         """Submits it. InputError where the cluster does not take it."""
         with code() as package, tempfile.TemporaryDirectory(prefix="subfleet-") as scratch:
             folder = Path(scratch)
             (folder / FILE).write_text(self.experiment)
-            for path in (*own_modules(self.tables), *self.more):
+            sent = dict.fromkeys(path.resolve() for path in self.more)
+            for path in {**sent, **dict.fromkeys(own_modules(self.tables))}:
                 copy_into(folder, path)
             server.submit(
                 self.id,
@@ -81,7 +96,10 @@ class Submission:
                 runtime_env={
                     "working_dir": str(folder),
                     "py_modules": [package],
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                    "env_vars": {
+                        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+                        "SUBFLEET_SENT_BY": f"Python {platform.python_version()}",
+                    },
                 },
                 metadata={
                     "subfleet": subfleet.__version__,
@@ -129,8 +147,8 @@ def relative_paths(tables: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(tables, Mapping):
         for name, value in tables.items():
             dotted = f"{key}.{name}" if key else name
-            if name in _PATHS and isinstance(value, str) and not Path(value).is_absolute():
-                yield dotted, value
+            if _PATHS.fullmatch(dotted) and not str(value).startswith(("/", "~")):
+                yield dotted, str(value)
             yield from relative_paths(value, dotted)
     elif isinstance(tables, list):
         for number, item in enumerate(tables):
@@ -153,6 +171,9 @@ def own_modules(tables: Mapping[str, Any]) -> list[Path]:
 
 def _source(top: str) -> Path | None:
     """A module's file or folder; None where it is installed, or part of this package."""
+    # Last, as where the experiment runs: nothing in this folder stands in for a library.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     spec = importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         raise InputError(
@@ -172,7 +193,9 @@ def copy_into(folder: Path, source: Path) -> Path:
     """Copies a file or folder into a folder; the copy."""
     target = folder / source.name
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        # Ray would heed a .gitignore among the files, and leave some out.
+        left_out = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore")
+        shutil.copytree(source, target, ignore=left_out)
     else:
         shutil.copy(source, target)
     return target

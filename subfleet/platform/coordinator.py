@@ -21,7 +21,7 @@ from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
 POLL_S = 0.25
-STOP_S = 10.0  # how long a coordinator may take to save what is finished
+STOP_S = 25.0  # how long a coordinator may take to save what is finished
 
 Event = tuple[str, dict[str, Any]]
 
@@ -82,8 +82,8 @@ class Coordinator:
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
         self._stream = CohortStream(job.federation) if job.streams else None
-        executor = RayExecutor(hosts, stream=self._stream)
-        self._rounds = Rounds(job, executor, folder, watching)
+        self._executor = RayExecutor(hosts, stream=self._stream)
+        self._rounds = Rounds(job, self._executor, folder, watching)
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left; returns the summary, nothing when told to stop."""
@@ -95,6 +95,7 @@ class Coordinator:
     def stop(self) -> None:
         """Ends `run` as soon as it can, the last finished round saved."""
         self._rounds.stop()
+        self._executor.stop()  # nor for what hosts are at
         if self._stream is not None:
             self._stream.close()  # nobody waits for rows any more
 

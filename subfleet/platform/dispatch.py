@@ -156,6 +156,8 @@ class Dispatch:
             tell_progress(self.observers, done, len(plan.tasks))
             with self.clock.phase("train"):
                 result = next(arrivals, None)
+            while self.executor.notes:
+                tell(self.observers, self.executor.notes.pop(0))
             if result is None:
                 break
             if result.update is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from logging import getLogger
 from textwrap import shorten
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -29,8 +28,6 @@ ASK_AGAIN_S = 0.5  # between two questions to a host that does not answer
 PATIENCE_S = 120.0  # after which a run without a single host that answers has failed
 LOOK_S = 2.0  # between two looks at the cluster's nodes
 
-_LOG = getLogger(__name__)
-
 # What Ray hands out is read-only, and nothing here writes into a shared tree.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -40,6 +37,8 @@ class Executor(Protocol):
 
     retries: int  # bundles that had to be run again, so far
     merges: bool  # whether it runs `Merge`s: sums of other bundles, which it then keeps to itself
+
+    notes: list[str]  # what became of hosts since somebody took them out
 
     @property
     def device(self) -> str:
@@ -77,6 +76,7 @@ class InlineExecutor:
     def __init__(self, work: Work, federation: Federation, device: str = "cpu", workers: int = 1):
         self.device = device
         self.retries = 0
+        self.notes: list[str] = []
         self.merges = False  # everything lies in this process
         self._workers = [Worker(work, federation, device) for _ in range(workers)]
 
@@ -157,6 +157,7 @@ class RayExecutor:
     ):
         self.device = hosts.device
         self.retries = 0
+        self.notes: list[str] = []
         self.merges = True
         self._actors = hosts
         self._hosts = [_Host(actor) for actor in hosts.actors]
@@ -165,6 +166,7 @@ class RayExecutor:
         self._patience_s = patience_s
         self._stream = stream
         self._puts: list[tuple[Params, Any]] = []  # trees put last, so that none is put twice
+        self._stopping = False
         self._strays: dict[Any, _Host] = {}  # calls whose results nobody waits for any more
 
     def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
@@ -266,6 +268,8 @@ class RayExecutor:
         """Waits; the calls that have ended. Meanwhile nodes and silent hosts are looked after."""
         import ray
 
+        if self._stopping:
+            raise KeyboardInterrupt
         self._look()
         for host in self._hosts:
             host.ask()
@@ -296,6 +300,10 @@ class RayExecutor:
         self._look_at = monotonic() + LOOK_S
         self._hosts = [host for host in self._hosts if host.actor not in lost]
         self._hosts += [_Host(actor, joined=True) for actor in joined]
+        if lost:
+            self.notes.append(f"{len(lost)} hosts were lost with their node")
+        if joined:
+            self.notes.append(f"{len(joined)} hosts were started on a node that joined")
 
     def _answered(self, host: _Host, question: Any) -> None:
         """Takes a host's answer. One that joined and cannot work is left out, with a warning."""
@@ -304,7 +312,7 @@ class RayExecutor:
         except (InputError, RunFailed) as error:
             if not host.joined:
                 raise
-            _LOG.warning("a host that joined is of no use: %s", error)
+            self.notes.append(f"a host on a node that joined is left out: {error}")
             self._hosts.remove(host)
 
     def _check_patience(self) -> None:
@@ -323,18 +331,25 @@ class RayExecutor:
     def _again(self, bundle: Bundle, host: _Host, error: Exception, attempt: int) -> None:
         """Counts one more try of the bundle, or raises what ends the run."""
         import ray
+        from ray.exceptions import ObjectLostError
 
         lost = _is_loss(error)
-        if isinstance(getattr(error, "cause", None), torch.AcceleratorError):
+        if broken := isinstance(getattr(error, "cause", None), torch.AcceleratorError):
             # What a broken device holds is lost with its process; Ray starts another one.
             ray.kill(host.actor, no_restart=False)
-            lost = True
-        if decide(host_lost=lost, attempt=attempt) is Decision.RETRY:
+        if decide(host_lost=lost or broken, attempt=attempt) is Decision.RETRY:
             self.retries += 1
-            host.lost()
+            if not isinstance(error, ObjectLostError):  # which lay elsewhere
+                host.lost()
             return
         _raise_own(error)
         what = f"round {bundle.round}: bundle {bundle.number} "
+        if broken:
+            raise RunFailed(
+                f"{what}failed with its device {attempt} times: {brief(error)}; look after the "
+                "device, or set run.device. After a finished round --resume goes on from the last "
+                "checkpoint"
+            ) from error
         if lost:
             raise RunFailed(
                 f"{what}was lost with its host {attempt} times; if memory runs out, lower "
@@ -356,6 +371,10 @@ class RayExecutor:
             refs.append(ray.put(as_arrays(tree)) if ref is None else ref)
         self._puts = list(zip(trees, refs, strict=True))
         return refs
+
+    def stop(self) -> None:
+        """Ends, from another thread, what `run` waits for, as Ctrl-C would."""
+        self._stopping = True
 
     def close(self) -> None:
         """Forgets the trees and the rows; the hosts belong to whoever started them."""

@@ -78,18 +78,24 @@ class HeldSums(Generic[T]):
 
     def __init__(self, bundles: Sequence[Bundle]):
         self._bundles = {bundle.number: bundle for bundle in bundles}
-        self._unmerged = [bundle for bundle in bundles if isinstance(bundle, Merge)]
-        self._taken = {number for merge in self._unmerged for number in merge.of}
+        merges = [bundle for bundle in bundles if isinstance(bundle, Merge)]
+        self._merge_of = {number: merge for merge in merges for number in merge.of}
+        self._missing = {merge.number: len(merge.of) for merge in merges}
         self._held: dict[int, T] = {}
+        self._ready: list[Merge] = []
 
     def stays(self, bundle: Bundle) -> bool:
         """Whether a merge takes this bundle's sum."""
-        return bundle.number in self._taken
+        return bundle.number in self._merge_of
 
     def hold(self, bundle: Bundle, reference: T) -> None:
         """This bundle's sum is there; those that it was merged from need not stay."""
         if self.stays(bundle):
             self._held[bundle.number] = reference
+            merge = self._merge_of[bundle.number]
+            self._missing[merge.number] -= 1
+            if not self._missing[merge.number]:
+                self._ready.append(merge)
         if isinstance(bundle, Merge):
             for number in bundle.of:
                 self._held.pop(number, None)
@@ -100,13 +106,15 @@ class HeldSums(Generic[T]):
 
     def ready(self) -> list[Merge]:
         """The merges that can begin now; each is named once, and again after `lost`."""
-        found = [merge for merge in self._unmerged if all(n in self._held for n in merge.of)]
-        self._unmerged = [merge for merge in self._unmerged if merge not in found]
+        found, self._ready = self._ready, []
         return found
 
     def lost(self, merge: Merge) -> list[Bundle]:
-        """Sums that this merge takes are gone: the bundles to run again before it is `ready`."""
-        self._unmerged.append(merge)
+        """Sums that this merge takes are gone: the bundles to run again before it is `ready`.
+
+        All that it is made of is made again, also what is still held: losses are rare.
+        """
+        self._missing[merge.number] = len(merge.of)
         again: list[Bundle] = []
         for number in merge.of:
             self._held.pop(number, None)

@@ -26,8 +26,8 @@ class Placement:
     def missing(self, there: Mapping[str, int]) -> list[str]:
         """The node of each host that is still to be started, given those on living nodes.
 
-        Never more than the placement has in all: where a node has too many, because it
-        was alone when they were started, others wait.
+        A node that has hosts keeps them, and gets no more: what they reserve was counted when
+        there were other nodes. Never more in all than the placement has.
 
         >>> Placement("cpu", {"a": 2, "b": 2}, 1.0, 0.0).missing({"a": 2})
         ['b', 'b']
@@ -37,7 +37,7 @@ class Placement:
         short = [
             node
             for node, wanted in self.on.items()
-            for _ in range(max(0, wanted - there.get(node, 0)))
+            for _ in range(0 if there.get(node) else wanted)
         ]
         return short[: max(0, self.hosts - sum(there.values()))]
 
@@ -46,7 +46,8 @@ def placement(nodes: Sequence[dict[str, Any]], wanted: int, device: str) -> Plac
     """Hosts and their shares; `nodes` as Ray lists them, `wanted` 0 for as many as there is room.
 
     One host a core, or one a GPU. Hosts leave one core in all to the data tasks
-    that feed them; a coordinator reserves nothing.
+    that feed them; a coordinator reserves nothing. Without a core anywhere there are none, as on
+    a head that waits for its nodes.
 
     >>> node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}
     >>> placement([node], 0, "auto")
@@ -71,18 +72,17 @@ def placement(nodes: Sequence[dict[str, Any]], wanted: int, device: str) -> Plac
 
 def _spread(room: Mapping[str, int], wanted: int) -> dict[str, int]:
     """Hosts by node: as many as its room, or of `wanted` ones a part in proportion to it."""
-    if not wanted and any(room.values()):
-        return {node: places for node, places in room.items() if places}
-    on = dict.fromkeys(room, 0)
-    for _ in range(wanted or 1):
-        # The node that is least full once it has one more; without room anywhere, the first.
-        node = min(on, key=lambda node: (on[node] + 1) / room[node] if room[node] else float("inf"))
-        on[node] += 1
+    on = {node: 0 if wanted else places for node, places in room.items() if places}
+    for _ in range(wanted if on else 0):
+        # The node that is least full once it has one more.
+        on[min(on, key=lambda node: (on[node] + 1) / room[node])] += 1
     return {node: places for node, places in on.items() if places}
 
 
 def _share(room: Mapping[str, int], on: Mapping[str, int], spare: int) -> float:
     """What each host gets, at most 1, when `spare` stays free in all: it fits on every node."""
+    if not on:
+        return 0.0
     total = max(0, sum(room.values()) - spare)
     # Rounded down to what Ray can count, a ten-thousandth.
     shares = [total * 10_000 // sum(on.values()) / 10_000]

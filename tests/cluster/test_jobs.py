@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +126,9 @@ def test_a_submitted_run_survives_its_coordinator_and_is_fetched(
     assert status == 0 and "first" in said and "SUCCEEDED" in said
     status, said, _ = cluster.call("jobs", "logs", "first")
     assert status == 0 and said.splitlines()[-1] == str(there)
+    status, said, errors = cluster.call("jobs", "fetch", "first", str(tmp_path / "later"))
+    assert (status, said) == (0, f"{tmp_path / 'later'}\n"), errors
+    assert (tmp_path / "later" / "summary.json").is_file()
 
 
 @pytest.mark.ray
@@ -236,6 +240,14 @@ class _OtherVersion(BaseHTTPRequestHandler):
         del format, args
 
 
+def test_a_server_that_never_answers_is_left_within_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(InputError, match="what answers is no job server of Ray"):
+            JobServer(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - started < 10
+
+
 def test_a_cluster_of_another_ray_is_named_beside_ours() -> None:
     import ray
 
@@ -260,8 +272,15 @@ def test_paths_that_the_cluster_cannot_see_are_refused(tmp_path: Path) -> None:
         Submission(made(), restarts=-1)
     with pytest.raises(InputError, match=r"--with .*nothing: there is no such"):
         Submission(made(), more=[tmp_path / "nothing"])
+    (tmp_path / "experiment.toml").touch()
+    with pytest.raises(InputError, match=r"experiment.toml is sent along already"):
+        Submission(made(), more=[tmp_path / "experiment.toml"])
+    for name in ("", "a/b", "../a", 'a"; true; "'):
+        with pytest.raises(InputError, match=r"is no name of a job"):
+            Submission(made(), id=name)
     tables = {"fleet": {"tiers": [{"device": {"trace": "t.csv"}}, {"device": {"trace": "/t"}}]}}
     assert list(relative_paths(tables)) == [("fleet.tiers[0].device.trace", "t.csv")]
+    assert list(relative_paths({"data": {"source": "~/a"}, "algorithm": {"source": "b"}})) == []
 
 
 def test_modules_of_the_users_own_are_sent_and_others_are_not(
@@ -270,7 +289,8 @@ def test_modules_of_the_users_own_are_sent_and_others_are_not(
     (tmp_path / "own_file.py").write_text("")
     (tmp_path / "own_package").mkdir()
     (tmp_path / "own_package" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the command starts is enough
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
     def sent(name: str) -> list[Path]:
         data = {"name": "synthetic_femnist"}

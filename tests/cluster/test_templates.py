@@ -91,7 +91,8 @@ def test_nodes_start_with_the_token_on_known_ports_and_the_dashboard_on_loopback
     cluster: dict[str, Any],
 ) -> None:
     (head, _), (worker, _) = started(cluster)
-    assert all("export RAY_AUTH_MODE=token" in line for _, line in started(cluster))
+    exported = "export PATH=$HOME/subfleet/env/bin:$PATH RAY_AUTH_MODE=token "  # jobs run its `python`
+    assert all(exported in line for _, line in started(cluster))
     assert "~/.ray/auth_token" in cluster["file_mounts"]
     assert head["head"] and head["dashboard_host"] == "127.0.0.1"
     assert worker["address"].endswith(f":{head['port']}")

@@ -21,7 +21,8 @@ def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[
     ("nodes", "wanted", "device", "placed"),
     [
         ([node("a", 1)], 0, "auto", Placement("cpu", {"a": 1}, 0.0, 0.0)),
-        ([node("a", 0)], 0, "auto", Placement("cpu", {"a": 1}, 0.0, 0.0)),
+        ([node("a", 0)], 0, "auto", Placement("cpu", {}, 0.0, 0.0)),
+        ([node("a", 0)], 3, "auto", Placement("cpu", {}, 0.0, 0.0)),
         ([node("a", 2)], 3, "auto", Placement("cpu", {"a": 3}, 0.3333, 0.0)),
         (
             [node("a", 16), node("b", 16)],
@@ -65,7 +66,8 @@ def test_what_hosts_reserve_fits_on_every_node(
 ) -> None:
     nodes = [node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(sizes)]
     where = placement(nodes, wanted, device)
-    assert where.hosts >= 1 and where.hosts == (wanted or where.hosts)
+    room = any(cpus for cpus, _ in sizes) or (device == "auto" and any(gpus for _, gpus in sizes))
+    assert (where.hosts > 0) == room and (not wanted or where.hosts in (0, wanted))
     for name, hosts in where.on.items():
         cpus, gpus = sizes[int(name)]
         assert hosts * where.cpus <= cpus and hosts * where.gpus <= gpus
