@@ -91,7 +91,7 @@ def test_nodes_start_with_the_token_on_known_ports_and_the_dashboard_on_loopback
     cluster: dict[str, Any],
 ) -> None:
     (head, _), (worker, _) = started(cluster)
-    exported = "export PATH=$HOME/subfleet/env/bin:$PATH RAY_AUTH_MODE=token "  # jobs run its `python`
+    exported = "export PATH=$HOME/subfleet/env/bin:$PATH RAY_AUTH_MODE=token "
     assert all(exported in line for _, line in started(cluster))
     assert "~/.ray/auth_token" in cluster["file_mounts"]
     assert head["head"] and head["dashboard_host"] == "127.0.0.1"
