@@ -56,10 +56,13 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("where", [[], ["--local"]])
 @pytest.mark.parametrize(
-    ("sent", "status", "words"),
-    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")],
+    ("sent", "status", "words", "where"),
+    [
+        (signal.SIGINT, 130, "interrupted\n", []),
+        (signal.SIGINT, 130, "interrupted\n", ["--local"]),
+        (signal.SIGTERM, 143, "", ["--local"]),  # on Ray when a job is stopped: test_jobs.py
+    ],
 )
 def test_an_interrupted_run_saves_its_rounds_and_says_how_to_go_on(
     sent: signal.Signals,
@@ -109,14 +112,12 @@ def test_a_run_stopped_before_its_first_round_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("where", [[], ["--local"]])
 def test_a_sweep_stopped_in_its_second_cell_goes_on_by_the_same_command(
-    where: list[str], commands: Commands, home: Path, tmp_path: Path
+    commands: Commands, home: Path, tmp_path: Path
 ) -> None:
     file = home / "experiment.toml"
     file.write_text(EXPERIMENT.replace("rounds = 8", "rounds = 4"))
-    given = ["-m", "subfleet", "sweep", str(file), "--seeds", "0,1", *where]
+    given = ["-m", "subfleet", "sweep", str(file), "--seeds", "0,1", "--local"]
     given += ["--out", str(tmp_path / "cells")]
     sweep = commands.start(*given)
     assert sweep.stderr is not None
