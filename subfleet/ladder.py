@@ -196,7 +196,9 @@ def _run(ladder: Ladder, rung: Rung, record: Path | None, tell: Callable[[int], 
     experiment, folder = ladder.experiment(rung), ladder.folder(rung)
     began_s = time.perf_counter()
     hosts, room = max(1, experiment.run.hosts), {"machine": machine_bytes()}
-    watch = Watch(folder / "metrics.jsonl", ray=not ladder.local, tell=tell)
+    watch = Watch(
+        folder / "metrics.jsonl", ray=not ladder.local, joined=ladder.address is not None, tell=tell
+    )
     with ExitStack() as stack:
         if not ladder.local:
             from subfleet.cluster.start import ray_session

@@ -33,10 +33,19 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, metrics: Path, *, ray: bool, tell: Callable[[int], None] | None = None
+        self,
+        metrics: Path,
+        *,
+        ray: bool,
+        joined: bool = False,
+        tell: Callable[[int], None] | None = None,
     ) -> None:
-        """`tell` hears, in this thread, of how many rounds are done."""
+        """`tell` hears, in this thread, of how many rounds are done.
+
+        `joined`: Ray was running before; then all its processes on this machine count.
+        """
         super().__init__(daemon=True)
+        self._joined = joined
         self.metrics, self.ray, self._tell = metrics, ray, tell
         self.ends: list[RoundEnd] = []
         self.peaks: dict[str, int] = {}
@@ -86,7 +95,8 @@ class Watch(threading.Thread):
     def _look_at_memory(self) -> None:
         own = mapped = store = 0
         seen = {role: 0 for role in _ROLES.values()}
-        for pid in family(os.getpid()):
+        pids = family(os.getpid())
+        for pid in pids | rays() if self._joined else pids:
             try:
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
                 sizes = sizes_of(Path(f"/proc/{pid}/status").read_text())
@@ -145,6 +155,19 @@ def family(root: int) -> set[int]:
     found = {root}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
+    return found
+
+
+def rays() -> set[int]:
+    """The processes of Ray on this machine, by id."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") or b"/raylet/raylet" in title or b"gcs_server" in title:
+            found.add(int(folder.name))
     return found
 
 
