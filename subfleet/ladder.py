@@ -48,7 +48,7 @@ class Ladder:
     def experiment(self, rung: Rung) -> Experiment:
         """The rung's run: so little training that what is around it shows.
 
-        A step on 20 drawn images for each client of FedPA on a CNN of 14 thousand parameters.
+        A step on 20 drawn images for each client of FedPA on a CNN of 15 thousand parameters.
         """
         named = {override.partition("=")[0].strip() for override in self.overrides}
         # Another model or data set has options of its own.

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL_S = 0.005  # between looks at the metrics; a look is a system call
-MEMORY_S = 0.3  # between looks at the memory, which read every process
+POLL_S = 0.01  # between looks at the metrics; a look is a system call
+MEMORY_S = 1.0  # between looks at the memory, which read every process: 25 ms
 _TICKS = os.sysconf("SC_CLK_TCK")
 _ROLES = {"ray::Coordinator": "coordinator", "ray::ClientHost": "hosts"}
 
