@@ -56,7 +56,15 @@ demo: $(STAMP)
 	@$(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+ifdef PYTEST_ARGS
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	@# What starts Ray waits much of its time: it runs beside the rest.
+	@log=$$(mktemp); $(BIN)/python -m pytest -m ray >$$log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest -m "not ray"; status=$$?; \
+	wait $$ray || status=1; \
+	echo "The tests that start Ray ran meanwhile:"; cat $$log; rm -f $$log; exit $$status
+endif
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -59,18 +59,8 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; with several workers, files stay whole.
-
-    One worker runs all that start Ray, one after the other, and begins at once: they take
-    longest, and two Rays at a time would starve each other.
-    """
-    if getattr(config.option, "numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-        for item in items:
-            group = "ray" if item.get_closest_marker("ray") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
     if torch.cuda.is_available():
         return
     for item in items:
