@@ -61,7 +61,7 @@ ifdef PYTEST_ARGS
 else
 	@# What starts Ray waits much of its time: it runs beside the rest.
 	@log=$$(mktemp); $(BIN)/python -m pytest -m ray >$$log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest -m "not ray"; status=$$?; \
+	$(BIN)/python -m pytest -m "not ray" --numprocesses auto --dist loadfile; status=$$?; \
 	wait $$ray || status=1; \
 	echo "The tests that start Ray ran meanwhile:"; cat $$log; rm -f $$log; exit $$status
 endif
