@@ -34,6 +34,7 @@ eval_every = 3
 eval_clients = 4
 checkpoint_every = 2
 hosts = 2
+engine = "loop"
 """
 GONE_S = 20.0  # in which every process must have ended; a busy machine takes its time
 
