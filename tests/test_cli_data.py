@@ -206,7 +206,8 @@ def test_options_beside_a_store_part_it_otherwise(store: Path) -> None:
 
 def test_describe_verifies_sums(store: Path) -> None:
     assert json.loads(data("describe", store, "--verify", "--json").stdout)["verified"] is True
-    assert "verified" in data("describe", store, "--verify").stdout
+    said = data("describe", store, "--verify").stdout
+    assert "verified" in "".join(said.split())  # a long folder breaks the line anywhere
     rows = store / "rows.arrow"
     content = bytearray(rows.read_bytes())
     content[len(content) // 2] ^= 1
