@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 from secrets import token_hex
 
-from subfleet.cluster.jobs import JobServer, exit_status
+from subfleet.cluster.jobs import FETCH, JobServer, exit_status
 from subfleet.cluster.submit import code, quoted
 from subfleet.core.errors import InputError, RunFailed
 
@@ -43,7 +43,7 @@ def fetch(server: JobServer, folder: str, target: Path) -> None:
             id,
             f"python -m subfleet.cluster.fetch {quoted(folder)}",
             runtime_env={"py_modules": [package]},
-            metadata={"subfleet": "fetch"},
+            metadata={"subfleet": FETCH},
         )
     job = server.ended(id)
     log = server.log(id)
