@@ -19,7 +19,6 @@ from subfleet.cluster.jobs import FETCH, JobServer, exit_status
 from subfleet.cluster.submit import code, quoted
 from subfleet.core.errors import InputError, RunFailed
 
-FETCHES = "subfleet-fetch"
 STAYS = ("checkpoints", "kept")
 _LINE = 1 << 16
 _ARCHIVE = re.compile(r"<subfleet archive ([0-9a-f]{64})>\s(.*?)<end of archive>", re.DOTALL)
@@ -37,13 +36,13 @@ def fetch(server: JobServer, folder: str, target: Path) -> None:
     Raises `RunFailed` where it cannot be read there, or came damaged.
     """
     check_free(target)
-    id = f"{FETCHES}-{token_hex(4)}"
+    id = f"{FETCH}{token_hex(4)}"
     with code() as package:
         server.submit(
             id,
             f"python -m subfleet.cluster.fetch {quoted(folder)}",
             runtime_env={"py_modules": [package]},
-            metadata={"subfleet": FETCH},
+            metadata={"subfleet": "fetch"},
         )
     job = server.ended(id)
     log = server.log(id)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ANSWER_S = 5.0  # how long a server may take to answer a knock
 POLL_S = 0.5
-FETCH = "fetch"  # what the metadata of a job that fetches a folder says
+FETCH = "subfleet-fetch-"  # how the ids of jobs begin that fetch a folder
 TOLD_S = 2.0  # in which a failed job's exit status follows
 STOPPED = 143  # of a job that was stopped before it told its own status, as after SIGTERM
 
@@ -114,7 +114,7 @@ class JobServer:
         """All jobs that were submitted, the newest first, without those that fetch folders."""
         found = [_told(one) for one in self.client.list_jobs() if one.submission_id]
         # Ray may write a job down once more just after it was deleted.
-        found = [job for job in found if job.metadata.get("subfleet") != FETCH]
+        found = [job for job in found if not job.id.startswith(FETCH)]
         return sorted(found, key=lambda job: -(job.started or 0.0))
 
     def job(self, id: str) -> JobInfo:
