@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from subfleet.cluster.watch import family, sizes_of, store_bytes
 from subfleet.config import Experiment
 from subfleet.launch import launch
 
@@ -81,49 +82,20 @@ def resident() -> Sample:
     """
     found = {"driver": 0, "object_store": 0}
     found |= {key: 0 for role in ROLES for key in (role, f"{role}, own")}
-    for pid in _family():
+    for pid in family(os.getpid()):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            sizes = sizes_of(Path(f"/proc/{pid}/status").read_text())
         except OSError:
             continue  # it ended while we looked
-        sizes = {line.split(":")[0]: line.split()[1] for line in lines if " kB" in line}
         if pid == os.getpid():
-            found["driver"] = 1024 * int(sizes["VmRSS"])
+            found["driver"] = sizes["VmRSS"]
         elif "raylet/raylet" in title:
-            found["object_store"] += _shared(pid)
+            found["object_store"] += store_bytes(pid)
         for role, start in ROLES.items():
             if title.startswith(start):
-                found[role] += 1024 * int(sizes["VmRSS"])
-                found[f"{role}, own"] += 1024 * int(sizes["RssAnon"])
-    return found
-
-
-def _shared(pid: int) -> int:
-    """Bytes of the object store's pages: a file in shared memory that only its owner still has."""
-    found = {}
-    for link in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
-            if "/plasma" in os.readlink(link):
-                file = link.stat()
-                found[file.st_ino] = 512 * file.st_blocks
-        except OSError:
-            continue
-    return sum(found.values())
-
-
-def _family() -> set[int]:
-    """This process and all below it."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
+                found[role] += sizes["VmRSS"]
+                found[f"{role}, own"] += sizes["RssAnon"]
     return found
 
 

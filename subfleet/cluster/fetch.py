@@ -27,7 +27,7 @@ _ARCHIVE = re.compile(r"<subfleet archive ([0-9a-f]{64})>\s(.*?)<end of archive>
 def check_free(target: Path) -> None:
     """InputError where a fetched folder would meet files."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--fetch {target}: is there already; give a folder that is not, or empty")
+        raise InputError(f"{target}: is there already; give a folder that is not, or an empty one")
 
 
 def fetch(server: JobServer, folder: str, target: Path) -> None:
