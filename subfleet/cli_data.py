@@ -193,7 +193,7 @@ def data_describe(
         print_json(found)
         return
     alone = ("quantiles", "class_quantiles", "report", "parts", "input_shape")
-    print_table([{key: value for key, value in found.items() if key not in alone}])
+    print_table([{"data": k.replace("_", " "), "": v} for k, v in found.items() if k not in alone])
     print_table(
         [
             {"a client's": "samples", **_short(found["quantiles"])},
