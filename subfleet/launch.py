@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -222,7 +223,7 @@ def launch(
         line = LoggedWarnings()
     watching = [TensorBoardWriter(folder.tensorboard), *observers]
     try:
-        _write_tiers(folder, job)
+        _describe(folder, job)
         if local:
             workers = max(1, experiment.run.hosts)
             summary = _run_here(job, folder, device, workers, [*watching, line])
@@ -365,6 +366,25 @@ def _new_name(experiment: Experiment) -> Path:
     while (path := base if not taken else Path(f"{base}-{taken}")).exists():
         taken += 1
     return path
+
+
+LABELS_SHOWN = 200  # clients whose label counts a run folder holds
+
+
+def _describe(folder: RunFolder, job: Job) -> None:
+    """What a report shows of tiers, network and data, which the rounds do not write."""
+    folder.write_network(job.work.net.space.groups)
+    _write_tiers(folder, job)
+    if not folder.labels.exists():
+        folder.write_labels(_labels(job))
+
+
+def _labels(job: Job) -> pa.Table:
+    """Clients at even distances, or all of them where there are few."""
+    ids = np.unique(np.linspace(0, job.federation.num_clients - 1, LABELS_SHOWN).astype(np.int64))
+    names = np.array([tier.name for tier in job.fleet.tiers])
+    counts = job.federation.label_counts(ids).tolist()
+    return pa.table({"client": ids, "tier": names[job.fleet.tier_of[ids]], "counts": counts})
 
 
 def _write_tiers(folder: RunFolder, job: Job) -> None:

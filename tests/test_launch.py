@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -70,6 +71,21 @@ def test_a_run_folder_holds_everything(finished: subfleet.Run) -> None:
 
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
+
+
+def test_a_run_folder_describes_its_network_and_its_data(finished: subfleet.Run) -> None:
+    job = assemble(Experiment.load(finished.path / "config.toml"))
+    groups = json.loads((finished.path / "network.json").read_text())["groups"]
+    assert list(groups.items()) == list(job.work.net.space.groups.items())
+    assert {len(units.split()) for units in finished.clients()["units"].to_pylist()} == {
+        len(groups)
+    }
+    labels = pq.read_table(finished.path / "labels.parquet")
+    ids = labels["client"].to_numpy()
+    assert ids.tolist() == list(range(20))
+    assert labels["counts"].to_pylist() == job.federation.label_counts(ids).tolist()
+    names = [tier["name"] for tier in TIERS]
+    assert labels["tier"].to_pylist() == [names[tier] for tier in job.fleet.tier_of[ids]]
 
 
 def test_the_config_in_the_folder_gives_the_same_run_again(

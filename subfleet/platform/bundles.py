@@ -25,6 +25,7 @@ from subfleet.core.program import (
     RunProgram,
     StepProgram,
 )
+from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform.record import Choice, variant_name
 
@@ -137,6 +138,11 @@ def passes(program: ClientProgram) -> float:
 def flops(program: ClientProgram, macs: int, rows: int) -> float:
     """What training on so many rows costs a client; `macs` are those of one forward pass."""
     return float(BACKWARD * macs * rows * passes(program))
+
+
+def kept_units(net: SuperNetwork, map: IndexMap) -> str:
+    """How many units a sub-network keeps of each group, in order, as the column `units` has it."""
+    return " ".join(str(count) for count in net.space.counts(map))
 
 
 def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> float:

@@ -167,6 +167,18 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "Clients that trained the least-trained unit of the super-network.",
         "fleet/coverage_min",
     ),
+    Column(
+        "coverage",
+        "dict of int",
+        "clients",
+        "The same by unit group: clients that trained the least-trained unit of each.",
+    ),
+    Column(
+        "keep",
+        "dict of float",
+        "0–1",
+        "Share of the merged clients that trained a unit, mean over the units of each group.",
+    ),
     Column("retries", "int", "bundles", "Bundles that had to be run again.", "platform/retries"),
     Column(
         "out_of_memory",
@@ -215,6 +227,12 @@ CLIENTS_COLUMNS: tuple[Column, ...] = (
     Column("seconds", "float32", "s", "Wall-clock time of its training on the host."),
     Column("params", "int64", "numbers", "Trained parameters of its sub-network."),
     Column("macs", "int64", "MACs", "A forward pass of its sub-network on one sample."),
+    Column(
+        "units",
+        "string",
+        "units",
+        "How many units of each group its sub-network keeps, in the order of `network.json`.",
+    ),
     Column(
         "flops",
         "float64",

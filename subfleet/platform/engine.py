@@ -31,7 +31,14 @@ from subfleet.core.supernet import SuperNetwork
 from subfleet.core.units import IndexMap
 from subfleet.platform import evaluation, loop, mapped
 from subfleet.platform import own as own_networks
-from subfleet.platform.bundles import BundleResult, EvalBundle, TrainBundle, Trial, flops
+from subfleet.platform.bundles import (
+    BundleResult,
+    EvalBundle,
+    TrainBundle,
+    Trial,
+    flops,
+    kept_units,
+)
 from subfleet.platform.chunks import Chunk, Rows, Trained
 from subfleet.platform.memory import OutOfMemory, charged_to, keep_freed_memory
 from subfleet.platform.record import Choice, candidates, variant_name
@@ -293,15 +300,16 @@ class _Tally:
         self.reports: dict[int, dict] = {}
         self.traces: dict[int, dict[str, np.ndarray]] = {}
         self.rows: list[dict] = []
-        self._costs: dict[bytes, tuple[int, int, int]] = {}
+        self._costs: dict[bytes, tuple[int, int, int, str]] = {}
 
-    def _cost(self, map: IndexMap) -> tuple[int, int, int]:
-        """(Parameters, MACs of one forward pass, bytes of the map on the wire)."""
+    def _cost(self, map: IndexMap) -> tuple[int, int, int, str]:
+        """(Parameters, MACs of one forward pass, bytes of the map on the wire, kept units)."""
         if map.key not in self._costs:
             self._costs[map.key] = (
                 self.net.stored_params(map, "local"),
                 self.net.cost(map).macs,
                 map.wire_bytes(self.net.space),
+                kept_units(self.net, map),
             )
         return self._costs[map.key]
 
@@ -317,7 +325,7 @@ class _Tally:
         result = trained.result
         healthy = trained.healthy and finite(unchecked(self.program, self.net, result))
         map = covered(task, result)
-        params, macs, map_bytes = self._cost(map)
+        params, macs, map_bytes, units = self._cost(map)
         # What it trained, which may be more than what it returns.
         trained_macs = macs if map is task.map else self._cost(task.map)[1]
         spent = flops(self.program, trained_macs, trained.rows)
@@ -346,6 +354,7 @@ class _Tally:
                 "seconds": seconds,
                 "params": params,
                 "macs": macs,
+                "units": units,
                 "flops": spent if result.flops is None else float(result.flops),
                 "bytes_up": sent + map_bytes if result.wire_bytes is None else result.wire_bytes,
                 # What an algorithm encodes itself has no map but its own.

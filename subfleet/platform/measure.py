@@ -16,8 +16,8 @@ from subfleet.platform.bundles import BundleResult
 from subfleet.platform.engine import OK, SKIPPED
 
 _UPLOADED = (
-    *("client", "num_samples", "loss", "acc_local", "seconds", "params", "macs", "flops"),
-    *("bytes_up", "steps"),
+    *("client", "num_samples", "loss", "acc_local", "seconds", "params", "macs", "units"),
+    *("flops", "bytes_up", "steps"),
 )
 
 
@@ -143,7 +143,7 @@ def round_record(
     phase: str,
     local: Mapping[str, float] | None,
     evaluated: Evaluated | None,
-    coverage_min: int | None,
+    coverage: Mapping[str, np.ndarray],
     retries: int,
     trained_s: float,
     out_of_memory: int = 0,
@@ -173,8 +173,14 @@ def round_record(
         "dropped": 0,
         "late": 0,
     }
-    if coverage_min is not None:
-        record["coverage_min"] = coverage_min
+    if coverage:
+        least = {group: int(counts_C.min()) for group, counts_C in coverage.items()}
+        record |= {"coverage_min": min(least.values()), "coverage": least}
+        if record["clients"]:
+            record["keep"] = {
+                group: float(counts_C.mean()) / record["clients"]
+                for group, counts_C in coverage.items()
+            }
     if evaluated is not None:
         tiers = {name: value for name, value in evaluated.accuracy.items() if name != "global"}
         record |= {

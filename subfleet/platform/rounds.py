@@ -236,7 +236,7 @@ class Rounds:
                 phase=phase.name,
                 local=local_accuracy(rows) if measured else None,
                 evaluated=evaluated,
-                coverage_min=min((int(c.min()) for c in coverage.values()), default=None),
+                coverage=coverage,
                 retries=self.executor.retries - retries,
                 out_of_memory=narrowed,
                 trained_s=trained_s,

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -129,6 +131,16 @@ class RunFolder:
         return self.path / "tiers.json"
 
     @property
+    def network(self) -> Path:
+        """The super-network's unit groups and their sizes, JSON; `units` counts in its order."""
+        return self.path / "network.json"
+
+    @property
+    def labels(self) -> Path:
+        """Training rows by class of some clients, Parquet: `client`, `tier`, `counts`."""
+        return self.path / "labels.parquet"
+
+    @property
     def final(self) -> Path:
         """The super-network after the last round, safetensors."""
         return self.path / "final.safetensors"
@@ -209,7 +221,7 @@ class RunFolder:
         """
         # config.toml first: what is left by a kill in between is no run.
         files = (self.config, self.environment, self.engine, self.metrics, self.tiers)
-        for file in (*files, self.summary, self.final):
+        for file in (*files, self.network, self.labels, self.summary, self.final):
             file.unlink(missing_ok=True)
         made = (self.checkpoints, self.clients, self.traces, self.kept, self.tensorboard)
         for folder in made:
@@ -313,6 +325,16 @@ class RunFolder:
     def write_tiers(self, rows: Any) -> None:
         """Replace `tiers.json`."""
         write_atomic(self.tiers, json_bytes(rows, indent=2))
+
+    def write_network(self, groups: Mapping[str, int]) -> None:
+        """Replace `network.json`."""
+        write_atomic(self.network, json_bytes({"groups": dict(groups)}, indent=2))
+
+    def write_labels(self, table: pa.Table) -> None:
+        """Replace `labels.parquet`."""
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        write_atomic(self.labels, buffer.getvalue().to_pybytes())
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary, or None before it was written."""

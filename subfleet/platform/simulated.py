@@ -18,7 +18,7 @@ from subfleet.core.program import ClientProgram, ClientTask, RunProgram, StepPro
 from subfleet.core.supernet import SuperNetwork
 from subfleet.datasets.federation import Federation
 from subfleet.platform import batches
-from subfleet.platform.bundles import flops
+from subfleet.platform.bundles import flops, kept_units
 from subfleet.platform.devices import Devices
 from subfleet.platform.job import Job
 from subfleet.platform.measure import sent
@@ -199,6 +199,7 @@ class Outcome:
             "seconds": nothing,
             "params": np.array([net.stored_params(t.map, "local") for t in tasks], np.int64),
             "macs": np.array([net.cost(task.map).macs for task in tasks], np.int64),
+            "units": np.array([kept_units(net, task.map) for task in tasks], str),
             "steps": (computed * self.planned.steps[out]).astype(np.int64),
             "flops": computed * self.planned.flops[out],
             "bytes_up": (sent * self.planned.bytes_up[out]).astype(np.int64),

@@ -145,7 +145,12 @@ def test_wire_bytes_by_hand(tmp_path):
         assert record["bytes_down"] == 428 * rich + 192 * poor
         assert record["bytes_map"] == 2 * 4 * poor  # up and down
         assert record["coverage_min"] == rich  # nobody else trains the last units
+        assert record["coverage"] == {group: rich for group in net.space.groups}
+        # The first half of the units is everyone's, the rest that of the rich.
+        assert record["keep"] == {group: (8 + rich) / 16 for group in net.space.groups}
     table = ClientsLog(tmp_path / "run" / "clients").read().to_pydict()
+    for client, units in zip(table["client"], table["units"], strict=True):
+        assert units == ("8 4" if job.fleet.tier_of[client] == 0 else "4 2")
     for client, up, down in zip(
         table["client"], table["bytes_up"], table["bytes_down"], strict=True
     ):

@@ -60,6 +60,7 @@ def trained(number, clients, **columns):
         "seconds": [0.1] * n,
         "params": [5] * n,
         "macs": [4] * n,
+        "units": ["3 4"] * n,
         "flops": [100.0] * n,
         "bytes_up": [40] * n,
         "bytes_map": [2] * n,
@@ -96,7 +97,7 @@ def test_a_round_by_hand():
         phase="train",
         local={"acc_local": 0.5},
         evaluated=Evaluated({"global": 0.9, "low": 0.7}, {"global": 0.3, "low": 0.8}, 12),
-        coverage_min=2,
+        coverage={"a": np.array([3, 2]), "b": np.array([3, 3, 2, 2])},
         retries=1,
         trained_s=0.5,
     )
@@ -106,7 +107,8 @@ def test_a_round_by_hand():
     assert record["flops"] == 400 and record["clients_per_s"] == 8 and record["retries"] == 1
     assert record["acc_global"] == 0.9 and record["loss_global"] == 0.3
     assert record["acc_tier"] == {"low": 0.7} and record["acc_local"] == 0.5
-    assert record["coverage_min"] == 2
+    assert record["coverage_min"] == 2 and record["coverage"] == {"a": 2, "b": 2}
+    assert record["keep"] == {"a": pytest.approx(2.5 / 3), "b": pytest.approx(2.5 / 3)}
     assert (record["round"], record["phase"]) == (7, "train")
     assert "bytes_map" not in found  # the parts do not hold it
 
@@ -121,7 +123,7 @@ def test_a_round_in_which_nobody_counts():
         phase="train",
         local=None,
         evaluated=None,
-        coverage_min=None,
+        coverage={},
         retries=0,
         trained_s=1.0,
     )
