@@ -18,6 +18,7 @@ from subfleet.cli_data import data_app
 from subfleet.cli_export import export
 from subfleet.cli_jobs import jobs_app, submit
 from subfleet.cli_models import models_app
+from subfleet.cli_report import report
 from subfleet.cli_stress import stress
 from subfleet.cli_support import DebugOption, loading, reported
 from subfleet.core.errors import InputError
@@ -38,6 +39,7 @@ app.command("export")(export)
 app.command("submit")(submit)
 app.add_typer(jobs_app, name="jobs")
 app.command("stress")(stress)
+app.command("report")(report)
 
 ExperimentFile = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment's TOML file.")

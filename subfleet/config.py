@@ -25,6 +25,7 @@ from subfleet.config_devices import DeviceTable
 from subfleet.config_tables import Count, Table
 from subfleet.core.errors import InputError
 from subfleet.core.schedule import ScheduleName
+from subfleet.platform.sameness import NOT_OF_THE_RESULT, WHEN_TO_STOP
 
 SHARE_TOLERANCE = 1e-6
 SCHEDULE_KEYS = {"step": ("milestones", "decay"), "exponential": ("decay",)}
@@ -335,17 +336,6 @@ class RunTable(Table):
         description="say whether Ray Data streams the rows to the hosts, or hosts read them; "
         "left out, what is on disk is streamed",
     )
-
-
-# What may differ between two runs that must give the same bits...
-NOT_OF_THE_RESULT = frozenset(
-    {
-        *("run.hosts", "run.stream", "run.max_seconds"),
-        *("run.checkpoint_every", "run.keep_checkpoints"),
-    }
-)
-# ... and what only says when a run ends, not what its rounds are.
-WHEN_TO_STOP = frozenset({"run.rounds", "run.target_accuracy"})
 
 
 class Experiment(Table):

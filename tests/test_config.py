@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subfleet.config import NOT_OF_THE_RESULT, WHEN_TO_STOP, Experiment
+from subfleet.config import Experiment
 from subfleet.config_text import apply_override, parse_grid, parse_value
 from subfleet.core.errors import InputError
+from subfleet.platform.sameness import NOT_OF_THE_RESULT, WHEN_TO_STOP
 
 DATA = {"name": "femnist"}
 HALVES = [
