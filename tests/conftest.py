@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Chromium, chromium
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real samples at {folder}; set SUBFLEET_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    """Headless Chromium for a module's tests; they are skipped where there is none."""
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
