@@ -74,9 +74,8 @@ def architectures(group: Group) -> Picture | None:
     run, round, table = _last_rows(group, "units")
     if run is None or not run.groups:
         return None
-    table = table.sort_by([("tier", "ascending"), ("client", "ascending")])
-    at = np.unique(np.linspace(0, table.num_rows - 1, SHOWN).astype(int))
-    table = table.take(at)
+    order = np.lexsort((table["client"].to_numpy(), np.array(table["tier"].to_pylist())))
+    table = table.take(order[np.unique(np.linspace(0, len(order) - 1, SHOWN).astype(int))])
     names, sizes = list(run.groups), np.array(list(run.groups.values()))
     kept = [[int(count) for count in text.split()] for text in table["units"].to_pylist()]
     if not kept or any(len(counts) != len(names) for counts in kept) or not names:
@@ -93,7 +92,7 @@ def architectures(group: Group) -> Picture | None:
         f"by {len(clients)} clients, in order of tier; {share.mean():.2f} in the mean, "
         f"from {share.min():.2f} to {share.max():.2f}."
     )
-    svg = _heat(share, names, f"{len(clients)} clients, by tier", "share of units kept")
+    svg = _heat(share, names, f"{len(clients)} clients, by tier", "share of units kept", vmax=1.0)
     return Picture(f"units-{group.label}", title, alt, svg, rows)
 
 

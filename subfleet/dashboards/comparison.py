@@ -181,10 +181,10 @@ def best_metric(runs: Sequence[ReadRun]) -> str | None:
 # --- a target ------------------------------------------------------------------------------------
 
 
-def common_target(groups: Sequence[Group], key: str) -> float | None:
-    """The highest whole per cent that every group with the metric reaches in the mean."""
-    best = [max(found.mean) for g in groups if (found := curve(g.runs, key)).mean]
-    return int(min(best) * 100 + 1e-9) / 100 if best else None
+def common_target(runs: Sequence[ReadRun], key: str) -> float | None:
+    """The highest whole per cent that every run with the metric reaches; None below 1 %."""
+    best = [max(values.values()) for run in runs if (values := run.series(key))]
+    return int(min(best) * 100 + 1e-9) / 100 or None if best else None
 
 
 def reached(run: ReadRun, key: str, target: float) -> int | None:

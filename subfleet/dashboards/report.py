@@ -64,7 +64,7 @@ def report(
         metric: Which accuracy the target is of; by default the first that a run has of
             `comparison.ACCURACIES`.
         target: The accuracy, 0–1, to which costs are compared; by default the highest whole per
-            cent that all groups reach.
+            cent that all runs reach.
         title: Of the page.
         say: Hears, in a line each, what is being done.
 
@@ -154,8 +154,8 @@ def _sections(
     yield Section("results", "Results", _MEANS, [tables.summary_sheet(groups)])
     yield Section("accuracy", "Accuracy and cost", pictures=list(_curves(groups, metric)))
     if metric is not None and target is None:
-        target = common_target(groups, metric)
-    if metric is not None and target:
+        target = common_target(runs, metric)
+    if metric is not None and target is not None:
         yield Section(
             "target",
             f"To {charts.NAMES.get(metric, metric)} {target:g}",

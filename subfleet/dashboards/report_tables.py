@@ -121,12 +121,12 @@ def summary_sheet(groups: Sequence[Group]) -> Sheet:
 
 
 def plus_minus(found: Spread, form: Callable[[float], str]) -> str:
-    """Mean ± sd, the mean alone of a single run.
+    """Mean ± sd, the mean alone of a single run or of equal ones.
 
     >>> plus_minus(Spread(0.5, 0.25, 2), "{:.2f}".format), plus_minus(Spread(1, 0, 1), str)
     ('0.50 ± 0.25', '1')
     """
-    if found.count == 1:
+    if not found.sd:
         return form(found.mean)
     return f"{form(found.mean)} ± {form(found.sd)}"
 
@@ -143,7 +143,7 @@ _COST_FORMS: dict[str, Callable[[float], str]] = {
     "bytes": amount,
     "flops": amount,
     "sim_time": duration,
-    "energy": lambda value: f"{amount(value)}J",
+    "energy": amount,
 }
 
 
@@ -168,7 +168,7 @@ _TARGET_HEADINGS = {
     "bytes": "bytes",
     "flops": "FLOPs",
     "sim_time": "simulated time",
-    "energy": "energy",
+    "energy": "energy, J",
 }
 
 

@@ -230,7 +230,8 @@ def _column(values: Any, type: pa.DataType) -> pa.Array:
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if not isinstance(values, pa.Array):
-        values = pa.array(values.tolist() if _is_text(values) else values)
+        # A NaN is a value that does not apply, and those are null.
+        values = pa.array(values.tolist() if _is_text(values) else values, from_pandas=True)
     return values.dictionary_encode() if values.type == pa.string() else values.cast(type)
 
 
