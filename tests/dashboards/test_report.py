@@ -9,7 +9,6 @@ import shutil
 import statistics
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pytest
 from reported import Page, made
 from typer.testing import CliRunner
@@ -62,6 +61,12 @@ def last(run: subfleet.Run, key: str) -> float:
 
 def summed(run: subfleet.Run, *keys: str) -> float:
     return sum(record[key] for record in lines(run) for key in keys)
+
+
+def of_round(run: subfleet.Run, round: int) -> list[dict]:
+    """Rows of `clients/`, by client."""
+    rows = [row for row in run.clients().to_pylist() if row["round"] == round]
+    return sorted(rows, key=lambda row: row["client"])
 
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -130,17 +135,10 @@ def test_costs_to_a_target_are_those_of_the_first_round_there(page, runs) -> Non
 
 
 def test_fairness_is_of_the_clients_of_the_last_tested_round(page, runs) -> None:
-    table = runs["fedavg"].clients()
-    tested = table.filter(pc.and_(pc.equal(table["round"], 6), pc.is_valid(table["acc_local"])))
+    tested = [row for row in of_round(runs["fedavg"], 6) if row["acc_local"] is not None]
     rows = {row["tier"]: row for row in page.data["fairness"] if row["group"] == "fedavg"}
     for tier, found in rows.items():
-        mine = [
-            accuracy
-            for accuracy, of in zip(
-                tested["acc_local"].to_pylist(), tested["tier"].to_pylist(), strict=True
-            )
-            if tier in ("all", of)
-        ]
+        mine = [row["acc_local"] for row in tested if tier in ("all", row["tier"])]
         assert int(found["clients"]) == len(mine)
         assert float(found["mean"]) == pytest.approx(statistics.mean(mine))
         assert float(found["worst10"]) == pytest.approx(min(mine))  # of fewer than 20
@@ -152,17 +150,15 @@ def test_pictures_have_the_data_that_they_draw(page, runs) -> None:
     run = runs["fedpa-s0"]
     late = {r["round"]: r["late"] + r["dropped"] for r in lines(run)}
     worst = max(late, key=lambda round: (late[round], round))
-    table = run.clients()
-    rows = table.filter(pc.equal(table["round"], worst))
     bars = page.data["timeline-fedpa"]
-    assert sorted(float(bar["sim_seconds"]) for bar in bars) == sorted(
-        rows["sim_seconds"].to_pylist()
-    )
+    rows = of_round(run, worst)
+    assert sorted(float(b["sim_seconds"]) for b in bars) == sorted(r["sim_seconds"] for r in rows)
     assert sum(bar["status"] != "ok" for bar in bars) == late[worst] > 0
     groups = json.loads((run.path / "network.json").read_text())["groups"]
-    final = table.filter(pc.equal(table["round"], 6)).sort_by("client")
     units = sorted(page.data["units-fedpa"], key=lambda row: int(row["client"]))
-    assert [" ".join(row[group] for group in groups) for row in units] == final["units"].to_pylist()
+    assert [" ".join(row[group] for group in groups) for row in units] == [
+        row["units"] for row in of_round(run, 6)
+    ]
     keep = page.data["coverage-fedpa"]
     assert [float(row["keep conv1"]) for row in keep] == [r["keep"]["conv1"] for r in lines(run)]
     assert [int(row["least fc1"]) for row in keep] == [r["coverage"]["fc1"] for r in lines(run)]
@@ -283,9 +279,7 @@ def test_names_with_html_in_them_are_escaped(tmp_path: Path, runs) -> None:
     shutil.copytree(runs["fedpa-s0"].path, evil)
     page = drawn(evil, runs["fedavg"].path, title="<script>alert(2)</script>")
     assert "<script>alert(2)</script>" in page.text and evil.name in page.text
-    assert "script" not in page.tags and "onerror=alert" not in re.sub(
-        r"&lt;.*?&gt;", "", page.html
-    )
+    assert "script" not in page.tags and "<img src=x" not in page.html
     assert len(page.alts) == page.tags.count("img")
 
 
