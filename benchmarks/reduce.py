@@ -32,7 +32,7 @@ from subfleet.cluster.start import ray_session
 from subfleet.cluster.watch import Watch
 from subfleet.config import Experiment
 from subfleet.launch import assemble
-from subfleet.platform.executor import RayExecutor
+from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 

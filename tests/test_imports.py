@@ -26,7 +26,7 @@ MAY_IMPORT = {
 FOR_EVERYONE = {"_torchvision", "__version__"}
 RAY_IS_USED_IN = {
     *("datasets/parallel.py", "datasets/stream.py"),
-    *("platform/executor.py", "platform/coordinator.py", "platform/host.py"),
+    *("platform/ray_executor.py", "platform/coordinator.py", "platform/host.py"),
 }
 # What runs on a device: it knows neither Ray nor where data come from.
 ENGINE = {

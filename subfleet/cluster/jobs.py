@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.platform.executor import brief
+from subfleet.platform.ray_executor import brief
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

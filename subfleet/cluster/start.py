@@ -14,11 +14,11 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.platform.executor import brief
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import Observer, tell
 from subfleet.platform.placement import placement
+from subfleet.platform.ray_executor import brief
 from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.signals import terminable
 

@@ -12,11 +12,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from subfleet.datasets.stream import CohortStream
-from subfleet.platform.executor import RayExecutor
 from subfleet.platform.host import Hosts
 from subfleet.platform.job import Job
 from subfleet.platform.memory import keep_freed_memory
 from subfleet.platform.metrics import Observer, tell, tell_progress
+from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 

@@ -18,9 +18,9 @@ from subfleet.core.errors import InputError
 from subfleet.datasets.federation import Federation
 from subfleet.platform.bundles import Bundle, BundleResult, Merge
 from subfleet.platform.engine import Work
-from subfleet.platform.executor import as_tensors
 from subfleet.platform.merging import apart
 from subfleet.platform.placement import Placement, placement
+from subfleet.platform.ray_executor import as_tensors
 from subfleet.platform.worker import Worker
 
 INLINE_BYTES = 90_000  # Ray itself puts arguments from 100 kB on

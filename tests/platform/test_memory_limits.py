@@ -23,10 +23,10 @@ from subfleet.algorithms import FedAvg
 from subfleet.algorithms.local import cross_entropy
 from subfleet.core.errors import RunFailed
 from subfleet.core.program import Loss
-from subfleet.platform.executor import RayExecutor
 from subfleet.platform.host import Hosts
 from subfleet.platform.memory import OutOfMemory
 from subfleet.platform.metrics import read_metrics
+from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.record import Choice, EngineRecord
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder

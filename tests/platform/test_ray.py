@@ -26,9 +26,9 @@ from subfleet.datasets import ClientRows, Store, write_store
 from subfleet.datasets.reader import Layout
 from subfleet.launch import Run, assemble, launch
 from subfleet.platform.bundles import EvalBundle, Merge
-from subfleet.platform.executor import RayExecutor
 from subfleet.platform.merging import HeldSums
 from subfleet.platform.metrics import read_metrics
+from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
 
