@@ -280,6 +280,7 @@ def sweep(
             say(words)
         raise
     rows = table(todo, runs)
+    say(f"to compare them on one page: {command_name()} report {shlex.quote(str(folder))}")
     _show(rows, [key for key, values in grid.items() if len(values) > 1], as_json)
     return rows
 
