@@ -126,6 +126,16 @@ def test_the_engine_alone_is_measured_without_ray(tmp_path: Path) -> None:
     assert figures["choice"]["way"] in ("loop", "vmap")
 
 
+def test_a_report_over_large_runs_is_measured(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    size = ["--runs", "2", "--rounds", "10", "--clients", "30", "--out", str(page)]
+    command = [sys.executable, str(BENCHMARKS / "report.py"), *size]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["runs"] == 2 and found["build_s"] > 0
+    assert found["megabytes"] == pytest.approx(page.stat().st_size / 1e6, abs=0.01)
+    assert "timeline-fedpa" in page.read_text() and "units-fedavg" in page.read_text()
+
+
 def test_what_the_engine_cannot_do_is_said(side: Any) -> None:
     from subfleet.core.errors import InputError
 
