@@ -18,6 +18,11 @@ from subfleet.platform.clock import TimeLeft
 from subfleet.platform.stretches import Stretch, name_at
 
 SLOW_S = 2.0  # a round that lasts longer shows how far it has come
+DOING = {
+    "try": "{} variants tried out",
+    "train": "{} clients",
+    "evaluate": "evaluating {} clients",
+}
 
 
 def duration(seconds: float) -> str:
@@ -72,7 +77,8 @@ class ConsoleProgress:
     """An `Observer`: a live line on a terminal, else one plain line every few seconds.
 
     Warnings come first, a line each. Where a run has several phases the line names the one
-    that goes on; in a round that lasts for seconds it says how many clients are done.
+    that goes on; in a round that lasts for seconds it says what is done of how much: clients
+    trained, or evaluated, or variants whose ways of computing were tried out.
     Writes to stderr unless given another console, so that stdout stays for results.
     Accuracy and loss are of the last round that had them.
     """
@@ -89,7 +95,7 @@ class ConsoleProgress:
         self._left_s: float | None = None
         self._done = 0
         self._round_s = 0.0  # when the round that goes on began
-        self._clients: tuple[int, int] | None = None  # of it, done and in all
+        self._within = ""  # what is done of how much of it
         self._last: dict[str, Any] = {}
         self._printed_s = -float("inf")
         self._progress: Progress | None = None
@@ -98,16 +104,20 @@ class ConsoleProgress:
     def on_start(self, info: dict[str, Any]) -> None:
         """Show the warnings, then the bar, at `info["start"]` rounds done.
 
-        It may be called again: a run whose coordinator was lost begins anew.
+        It may be called again: a run whose coordinator was lost begins anew. Who joins a run
+        that goes on gives the last of its records as `recent`, and in `since_s` how many seconds
+        ago the newest was written.
         """
         if self._progress is not None:
             self._progress.stop()
         for warning in info.get("warnings", ()):
             self._plain(f"warning: {warning}")
-        self._done, self._round_s = info.get("start", 0), time.monotonic()
+        self._total = info.get("rounds", self._total)
+        self._done, self._within = info.get("start", 0), ""
         self._phases = info.get("phases") or [Stretch("", 1, self._total)]
         self._several = len({phase.name for phase in self._phases}) > 1
-        self._left = TimeLeft(self._phases, self._done, self._round_s)
+        self._round_s = time.monotonic() - info.get("since_s", 0.0)
+        self._catch_up(info.get("recent", ()))
         if self._console.is_terminal:
             self._progress = Progress(
                 _Live(self._head),
@@ -122,20 +132,20 @@ class ConsoleProgress:
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Show the round; plain lines only every few seconds, and for the last round."""
         now = time.monotonic()
-        # NaN is no loss, either: that of a round in which nothing was trained.
-        known = {key: value for key, value in record.items() if value is not None}
-        self._last |= {key: value for key, value in known.items() if value == value}
-        self._done, self._round_s, self._clients = record["round"], now, None
+        self._remember(record)
+        self._done, self._round_s, self._within = record["round"], now, ""
         self._left_s = self._left.update(name_at(self._phases, self._done), now)
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)
         else:
             self._print(now, at_once=self._done == self._total)
 
-    def on_progress(self, done: int, clients: int) -> None:
+    def on_progress(self, done: int, total: int, doing: str) -> None:
         """Show how far the round has come; by plain lines only where it outlasts their interval."""
         now = time.monotonic()
-        self._clients, share = (done, clients), done / max(1, clients)
+        self._within = DOING[doing].format(f"{done}/{total}")
+        # Of the three it is training that a round's time goes by.
+        share = {"try": 0.0, "train": done / max(1, total), "evaluate": 1.0}[doing]
         if now - self._round_s >= SLOW_S:
             phase = name_at(self._phases, self._done + 1)
             self._left_s = self._left.within(phase, share, now)
@@ -158,6 +168,23 @@ class ConsoleProgress:
             self._progress.stop()
             self._progress = None
 
+    def _catch_up(self, recent: Sequence[Mapping[str, Any]]) -> None:
+        """Take in rounds that were done before: their pace, and their last values."""
+        seconds = [record["seconds"]["total"] for record in recent]
+        now = self._round_s - sum(seconds)
+        self._left, self._left_s = TimeLeft(self._phases, self._done - len(recent), now), None
+        for record, lasted in zip(recent, seconds, strict=True):
+            now += lasted
+            self._remember(record)
+            self._left_s = self._left.update(name_at(self._phases, record["round"]), now)
+        if recent and not self._console.is_terminal:
+            self._print(time.monotonic())
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        # NaN is no loss, either: that of a round in which nothing was trained.
+        known = {key: value for key, value in record.items() if value is not None}
+        self._last |= {key: value for key, value in known.items() if value == value}
+
     def _print(self, now: float, *, at_once: bool = False) -> None:
         if at_once or now - self._printed_s >= self._interval_s:
             self._printed_s = now
@@ -165,13 +192,12 @@ class ConsoleProgress:
 
     def _head(self) -> str:
         """The phase, where there are several, and the last round done, or the one that goes on."""
-        clients = self._clients
-        within = clients is not None and time.monotonic() - self._round_s >= SLOW_S
+        within = self._within and time.monotonic() - self._round_s >= SLOW_S
         round = self._done + 1 if within else self._done
         parts = [name_at(self._phases, round)] if self._several else []
         parts.append(f"round {round}/{self._total}")
-        if clients is not None and within:
-            parts.append(f"{clients[0]}/{clients[1]} clients")
+        if within:
+            parts.append(self._within)
         return "  ".join(parts)
 
     def _text(self) -> str:
@@ -198,7 +224,7 @@ class Preparation:
     Short ones pass without a word.
     """
 
-    def __init__(self, console: Console, *, interval_s: float = 3.0) -> None:
+    def __init__(self, console: Console, *, interval_s: float = SLOW_S) -> None:
         self._console = console
         self._interval_s = interval_s
         self._said_s = time.monotonic()

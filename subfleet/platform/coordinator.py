@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -15,7 +16,7 @@ from subfleet.datasets.stream import CohortStream
 from subfleet.platform.host import Hosts
 from subfleet.platform.job import Job
 from subfleet.platform.memory import keep_freed_memory
-from subfleet.platform.metrics import Observer, tell, tell_progress
+from subfleet.platform.metrics import Observer, tell, tell_hosts, tell_progress
 from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.rounds import Rounds
 from subfleet.platform.runfolder import RunFolder
@@ -47,8 +48,8 @@ class _Events:
     def on_note(self, text: str) -> None:
         self._note("note", {"text": text})
 
-    def on_progress(self, done: int, clients: int) -> None:
-        newest = ("progress", {"done": done, "clients": clients})
+    def on_progress(self, done: int, total: int, doing: str) -> None:
+        newest = ("progress", {"done": done, "total": total, "doing": doing})
         with self._lock:
             if self._events and self._events[-1][0] == "progress":
                 self._events[-1] = newest  # nobody wants to know where it was before
@@ -82,7 +83,8 @@ class Coordinator:
         # What nobody asks for must not pile up.
         watching = [*observers, self._events] if followed else observers
         self._stream = CohortStream(job.federation) if job.streams else None
-        self._executor = RayExecutor(hosts, stream=self._stream)
+        tell = partial(tell_hosts, watching)
+        self._executor = RayExecutor(hosts, stream=self._stream, tell=tell)
         self._rounds = Rounds(job, self._executor, folder, watching)
 
     def run(self) -> dict[str, Any]:

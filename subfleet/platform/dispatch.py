@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -14,7 +14,7 @@ from subfleet.core.algorithm import Phase, Reduced, RoundPlan, State
 from subfleet.core.program import ClientTask, Params
 from subfleet.platform import bundles as bundling
 from subfleet.platform import merging
-from subfleet.platform.bundles import BundleResult, Own, TrainBundle
+from subfleet.platform.bundles import BundleResult, EvalBundle, Own, TrainBundle
 from subfleet.platform.clock import PhaseClock
 from subfleet.platform.executor import Executor
 from subfleet.platform.job import Job
@@ -105,8 +105,22 @@ class Dispatch:
                 own=own,
             )
             shared = {0: self.algorithm.model(state)}
-            found = self.executor.run(bundles, shared)
-            return Evaluated.merged(found, views, self.roster.tiers_of)
+            return Evaluated.merged(self._evaluated(bundles, shared), views, self.roster.tiers_of)
+
+    def _evaluated(
+        self, bundles: Sequence[EvalBundle], shared: Mapping[int, Params]
+    ) -> Iterator[BundleResult]:
+        """The results of bundles, whose clients are told of as they come in."""
+        clients = [len(bundle.ids) for bundle in bundles]
+        done = 0
+        tell_progress(self.observers, done, sum(clients), "evaluate")
+        for result in self.executor.run(bundles, shared):
+            done += clients[result.number]
+            tell_progress(self.observers, done, sum(clients), "evaluate")
+            yield result
+
+    def _tell_tried(self, done: int, variants: int) -> None:
+        tell_progress(self.observers, done, variants, "try")
 
     def _tell_choices(self) -> None:
         """Tells observers what has been added to the engine record."""
@@ -118,7 +132,7 @@ class Dispatch:
     def _bundles(
         self, phase: Phase, plan: RoundPlan, round: int, *, local_test: bool
     ) -> list[TrainBundle]:
-        choices = self.tuner.choices(phase, plan, round)
+        choices = self.tuner.choices(phase, plan, round, self._tell_tried)
         per = self.options.bundle_clients
         number = -(-len(plan.tasks) // per) if per else None
         maps = {task.map.key: task.map for task in plan.tasks}
@@ -153,7 +167,7 @@ class Dispatch:
         arrivals = self.executor.run([*bundles, *merges], plan.shared)
         done = 0
         while True:
-            tell_progress(self.observers, done, len(plan.tasks))
+            tell_progress(self.observers, done, len(plan.tasks), "train")
             with self.clock.phase("train"):
                 result = next(arrivals, None)
             while self.executor.notes:

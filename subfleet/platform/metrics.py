@@ -31,8 +31,11 @@ class Observer(Protocol):
 
     It may also have `on_note(text)`, which hears in a line each what the engine chose for
     a variant, and when that changes: memory ran out, say. And it may have
-    `on_progress(done, clients)`, which hears, as bundles come in, how many of the clients of
-    the round that goes on are done; it may be told often, and from 0 on again.
+    `on_progress(done, total, doing)`, which hears how far the round that goes on has come, as
+    bundles come in: clients that are trained ("train") or evaluated ("evaluate"), variants whose
+    ways were tried out ("try"). It may be told often, and from 0 on again. With Ray it may have
+    `on_hosts(alive, in_flight)`, which hears every few seconds, and with each bundle, how many
+    hosts answer and how many bundles they have at hand.
 
     `info`: rounds (of the whole run), start (rounds already done, 0 unless
     resumed), phases (a `Stretch` of name, first and last round for each, in order),
@@ -61,12 +64,20 @@ def tell(observers: Iterable[Observer], text: str) -> None:
             hear(text)
 
 
-def tell_progress(observers: Iterable[Observer], done: int, clients: int) -> None:
+def tell_progress(observers: Iterable[Observer], done: int, total: int, doing: str) -> None:
     """How far the round has come, for those of the observers that follow it."""
     for observer in observers:
         hear = getattr(observer, "on_progress", None)
         if hear is not None:
-            hear(done, clients)
+            hear(done, total, doing)
+
+
+def tell_hosts(observers: Iterable[Observer], alive: int, in_flight: int) -> None:
+    """How the hosts are, for those of the observers that look after them."""
+    for observer in observers:
+        hear = getattr(observer, "on_hosts", None)
+        if hear is not None:
+            hear(alive, in_flight)
 
 
 class MetricsLog:

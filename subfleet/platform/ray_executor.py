@@ -89,8 +89,11 @@ class RayExecutor:
         hosts: HostActors,
         patience_s: float = PATIENCE_S,
         stream: CohortStream | None = None,
+        tell: Callable[[int, int], None] = lambda alive, in_flight: None,
     ):
+        """`tell` hears how many hosts answer, and how many bundles they have at hand."""
         self.device = hosts.device
+        self._tell = tell
         self.retries = 0
         self.notes: list[str] = []
         self.merges = True
@@ -161,6 +164,7 @@ class RayExecutor:
         finally:
             # Left early: hosts are still at these.
             self._strays |= {ref: host for ref, (_, host, _) in flying.items()}
+            self._tell_hosts()
 
     def _given(
         self,
@@ -205,6 +209,7 @@ class RayExecutor:
 
         if self._stopping:
             raise KeyboardInterrupt
+        self._tell_hosts()
         self._look()
         for host in self._hosts:
             host.ask()
@@ -223,6 +228,9 @@ class RayExecutor:
                 host.load -= 1
         self._check_patience()
         return [ref for ref in done if ref in flying]
+
+    def _tell_hosts(self) -> None:
+        self._tell(sum(host.up for host in self._hosts), sum(host.load for host in self._hosts))
 
     def _look(self) -> None:
         """Takes in the hosts of nodes that joined; forgets those of nodes that are lost.

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -50,8 +50,17 @@ class Tuner:
         self._files = cache_folder() / "trials"
         self._phase_name = lru_cache(lambda round: job.work.algorithm.phase(round).name)
 
-    def choices(self, phase: Phase, plan: RoundPlan, round: int) -> dict[str, Choice]:
-        """How each variant of a plan is computed; written down before it is sent out."""
+    def choices(
+        self,
+        phase: Phase,
+        plan: RoundPlan,
+        round: int,
+        tell: Callable[[int, int], None] = lambda done, variants: None,
+    ) -> dict[str, Choice]:
+        """How each variant of a plan is computed; written down before it is sent out.
+
+        `tell` hears how many of the variants that are tried out are done.
+        """
         ways = possible(self.net, phase.program)
         tasks: dict[str, list[ClientTask]] = {}
         for task in plan.tasks:
@@ -66,7 +75,8 @@ class Tuner:
                 )
         new = [name for name, choice in held.items() if choice is None]
         if new:
-            self._extend(self._chosen({name: tasks[name] for name in new}, phase, plan, round))
+            some = {name: tasks[name] for name in new}
+            self._extend(self._chosen(some, phase, plan, round, tell))
             self._compile(new, tasks, plan, round)
         return {name: self._at(name, round) for name in held}
 
@@ -153,7 +163,12 @@ class Tuner:
     # -- trying out
 
     def _chosen(
-        self, tasks: Mapping[str, list[ClientTask]], phase: Phase, plan: RoundPlan, round: int
+        self,
+        tasks: Mapping[str, list[ClientTask]],
+        phase: Phase,
+        plan: RoundPlan,
+        round: int,
+        tell: Callable[[int, int], None],
     ) -> list[Choice]:
         options, ways = self.options, possible(self.net, phase.program)
         worth = {
@@ -172,10 +187,10 @@ class Tuner:
             return [choices[0] for choices in worth.values()]
         macs = {name: self.net.cost(some[0].map).macs for name, some in tasks.items()}
         order = sorted(worth, key=lambda name: (macs[name], name))
-        tried = {
-            name: self._best(tasks[name], worth[name], phase, plan, round)
-            for name in _spread(order, MOST_TRIED)
-        }
+        some, tried = _spread(order, MOST_TRIED), {}
+        for name in some:
+            tell(len(tried), len(some))
+            tried[name] = self._best(tasks[name], worth[name], phase, plan, round)
         return [
             _like(worth[name], tried[min(tried, key=lambda t: (abs(macs[t] - macs[name]), t))])
             for name in worth

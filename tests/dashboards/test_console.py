@@ -175,10 +175,10 @@ def test_a_long_round_says_every_few_seconds_how_many_clients_are_done(clock):
     out = console(terminal=False)
     progress = ConsoleProgress(6, out)
     progress.on_start({"rounds": 6, "start": 2, "phases": PHASES})
-    progress.on_progress(0, 8)
+    progress.on_progress(0, 8, "train")
     for done in range(1, 9):
         clock.now += 3
-        progress.on_progress(done, 8)
+        progress.on_progress(done, 8, "train")
     clock.now += 1
     progress.on_round({"round": 3}, {})
     assert out.file.getvalue().splitlines() == [
@@ -195,7 +195,7 @@ def test_short_rounds_say_nothing_of_their_clients(clock):
     progress.on_start({"rounds": 6, "phases": PHASES})
     for number in (1, 2):
         for done in (0, 1, 2):
-            progress.on_progress(done, 2)
+            progress.on_progress(done, 2, "train")
             clock.now += 0.5
         progress.on_round({"round": number}, {})
     assert [line.split("  ")[:2] for line in out.file.getvalue().splitlines()] == [
@@ -207,9 +207,47 @@ def test_the_bar_names_the_phase_and_shows_a_long_rounds_clients(clock):
     out = console(terminal=True)
     progress = ConsoleProgress(6, out)
     progress.on_start({"rounds": 6, "start": 2, "phases": PHASES})
-    progress.on_progress(3, 10)
+    progress.on_progress(3, 10, "train")
     clock.now += 9  # no bundle came in meanwhile: the bar is drawn again all the same
     progress.close()
     text = out.file.getvalue()
     assert "train  round" not in text and "warm-up  round 2/6 " in text
     assert "search  round 3/6  3/10 clients" in text
+
+
+def test_a_round_says_what_it_does_before_and_after_its_training(clock):
+    out = console(terminal=False)
+    progress = ConsoleProgress(2, out)
+    progress.on_start({"rounds": 2})
+    for doing, done, total in (("try", 1, 3), ("train", 4, 8), ("evaluate", 20, 40)):
+        clock.now += 10
+        progress.on_progress(done, total, doing)
+    clock.now += 10
+    progress.on_round({"round": 1}, {})
+    progress.on_progress(0, 8, "train")
+    assert out.file.getvalue().splitlines() == [
+        "round 1/2  1/3 variants tried out",
+        "round 1/2  4/8 clients  1m00s left",  # half of a round of 40 s, and one more
+        "round 1/2  evaluating 20/40 clients  30s left",
+        "round 1/2  40s left",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_who_joins_a_run_knows_its_pace_and_its_last_values_at_once(clock, terminal):
+    out = console(terminal)
+    progress = ConsoleProgress(9, out)
+    recent = [
+        {"round": 3, "acc_global": 0.25, "loss_train": 2.0, "seconds": {"total": 3.0}},
+        {"round": 4, "acc_global": None, "loss_train": 1.5, "seconds": {"total": 5.0}},
+    ]
+    progress.on_start({"rounds": 10, "start": 4, "recent": recent, "since_s": 6.0})
+    assert "round 4/10 " in out.file.getvalue()
+    clock.now += 6
+    progress.on_round({"round": 5}, {})
+    progress.close()
+    text = out.file.getvalue()
+    assert "acc 0.250  loss 1.500  24s left" in text  # six rounds of 4 s
+    if not terminal:
+        assert len(text.splitlines()) == 2
+        assert "round 5/10  acc 0.250  loss 1.500  33s left" in text  # five of (3 + 5 + 12) / 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -274,8 +275,8 @@ class Follows(Told):
         super().__init__()
         self.heard = []
 
-    def on_progress(self, done, clients):
-        self.heard.append((done, clients))
+    def on_progress(self, done, total, doing):
+        self.heard.append((doing, done, total))
 
     def on_round(self, record, coverage):
         self.heard.append(record["phase"])
@@ -293,10 +294,11 @@ def test_an_observer_hears_of_the_phases_and_of_the_clients_that_are_done(tmp_pa
     of_round = []
     for said in watching.heard:
         if said not in ("first", "second"):
-            of_round.append(said)
+            if said[0] == "train":
+                of_round.append(said)
             continue
         clients = 3 if said == "first" else 4
-        done = [count for count, of in of_round if of == clients]
+        done = [count for _, count, of in of_round if of == clients]
         assert len(done) == len(of_round) > 2  # more than the begin and the end
         assert done == sorted(set(done)) and (done[0], done[-1]) == (0, clients)
         of_round = []
@@ -304,6 +306,23 @@ def test_an_observer_hears_of_the_phases_and_of_the_clients_that_are_done(tmp_pa
     toys.run(job, tmp_path / "run", resume=True, observers=(again,))
     assert (again.info["start"], again.info["phases"]) == (4, watching.info["phases"])
     assert again.heard == []
+
+
+def test_an_observer_hears_of_what_is_tried_and_of_the_clients_that_are_evaluated(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SUBFLEET_CACHE", str(tmp_path / "cache"))
+    twice = toys.federation([*SIZES, *SIZES], (6,), 3, 0)  # four are held out
+    watching = Follows()
+    job = toys.job(fedavg(rounds=2), twice, engine="auto", eval_every=2)
+    toys.run(job, tmp_path / "run", observers=(watching,))
+    doing = [said if isinstance(said, str) else said[0] for said in watching.heard]
+    # The last is the phase's name, of a round that is done.
+    assert [name for name, _ in groupby(doing)] == ["try", "train", "evaluate", "train"]
+    assert watching.heard[0] == ("try", 0, 1)
+    assert [said[1:] for said in watching.heard if said[0] == "evaluate"] == [
+        (done, 4) for done in range(5)
+    ]
 
 
 def test_rows_of_clients_do_not_wait_for_the_end_without_checkpoints(tmp_path, monkeypatch):
