@@ -226,11 +226,13 @@ def _coordinated(
     wanted_hosts: int,
     device: str,
 ) -> dict[str, Any]:
+    from subfleet.cluster.operators import OperatorMetrics
     from subfleet.platform.coordinator import follow, start_coordinator
     from subfleet.platform.host import Hosts
 
     hosts = Hosts(job.work, job.federation, wanted=wanted_hosts, device=device)
-    coordinator = start_coordinator(job, folder, hosts, list(observers), progress is not None)
+    watching = [*observers, OperatorMetrics()]
+    coordinator = start_coordinator(job, folder, hosts, watching, progress is not None)
     try:
         return follow(coordinator, progress)
     except ray.exceptions.RayTaskError as error:
