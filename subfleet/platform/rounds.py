@@ -114,6 +114,7 @@ class Rounds:
             metrics.truncate(self.done)
             clients.truncate(self.done)
             self.traces.truncate(self.done)
+            self.folder.write_config(self.job.config)
             self.folder.write_record(self.tuner.record)
             self._tell_start()
             self.executor.expect(self._upcoming, self.done + 1, self.options.rounds)
