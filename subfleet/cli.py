@@ -21,6 +21,7 @@ from subfleet.cli_models import models_app
 from subfleet.cli_report import report
 from subfleet.cli_stress import stress
 from subfleet.cli_support import DebugOption, loading, reported
+from subfleet.cli_watch import watch
 from subfleet.core.errors import InputError
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command("submit")(submit)
 app.add_typer(jobs_app, name="jobs")
 app.command("stress")(stress)
 app.command("report")(report)
+app.command("watch")(watch)
 
 ExperimentFile = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment's TOML file.")

@@ -286,11 +286,16 @@ def _how_to_go_on(
     if last is None:
         return ("stopped; nothing saved yet",)
     where = ["--local"] if local else [] if address is None else ["--address", address]
-    command = ["run", str(folder.config), "--out", str(folder.path), "--resume", *where]
     return (
         f"stopped; {folder.path} holds {checkpoint.number(last)} of {rounds} rounds; go on with",
-        f"  {command_name()} {shlex.join(command)}",
+        f"  {resume_command(folder, where)}",
     )
+
+
+def resume_command(folder: RunFolder, where: Sequence[str] = ()) -> str:
+    """The command that goes on with a run; `where` are its options on where it runs."""
+    command = ["run", str(folder.config), "--out", str(folder.path), "--resume", *where]
+    return f"{command_name()} {shlex.join(command)}"
 
 
 def command_name() -> str:
