@@ -9,7 +9,7 @@ interrupted, 143 terminated; errors are one message on stderr, without a traceba
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from subfleet.cli_jobs import jobs_app, submit
 from subfleet.cli_models import models_app
 from subfleet.cli_report import report
 from subfleet.cli_stress import stress
-from subfleet.cli_support import DebugOption, loading, reported
+from subfleet.cli_support import DebugOption, loading, reported, stderr
 from subfleet.cli_watch import watch
 from subfleet.core.errors import InputError
 
@@ -72,13 +72,6 @@ def _root(
     ] = False,
 ) -> None:
     del version
-
-
-def _stderr() -> Any:
-    """Progress goes to stderr: the last line of stdout is the run folder's path."""
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 @app.command()
@@ -137,7 +130,7 @@ def run(
         address=address,
         engine_record=engine_record,
         restarts=restarts,
-        progress=_stderr(),
+        progress=stderr(),
     )
     print_end(finished.tiers, finished.path)
 
@@ -186,7 +179,7 @@ def sweep(
         local=local,
         address=address,
         as_json=as_json,
-        console=_stderr(),
+        console=stderr(),
     )
 
 
@@ -202,7 +195,7 @@ def demo(
     loading(always=True)
     from subfleet.demo import demo as run_demo
 
-    run_demo(out=out, console=_stderr())
+    run_demo(out=out, console=stderr())
 
 
 def _one_place(local: bool, address: str | None) -> None:

@@ -15,6 +15,8 @@ from subfleet.cli_support import (
     print_json,
     print_table,
     reported,
+    stderr,
+    waiting,
 )
 from subfleet.core.errors import InputError, did_you_mean
 
@@ -96,6 +98,7 @@ def data_prepare(
       subfleet data prepare celeba --source celeba --out stores/celeba --set size=84
       subfleet data prepare cifar10 --download --out stores/cifar10
     """
+    loading()
     from subfleet.cluster.start import ray_session
     from subfleet.datasets.parallel import parse_all
     from subfleet.datasets.prepare import prepare
@@ -109,14 +112,18 @@ def data_prepare(
         )
     _refuse_occupied(out)
     said = _said()
-    files = find_source(reader, source, download=download, progress=said)
     settings: dict[str, Any] = {"skip_bad": skip_bad, "progress": said}
-    if local:
-        prepare(reader, files, out.absolute(), **settings)
-    else:
-        reader.shards(files)  # wrong input is said before Ray starts
-        with ray_session(address):
-            prepare(reader, files, out.absolute(), parse_all=parse_all, **settings)
+    with waiting("looking at the files") as step:
+        files = find_source(reader, source, download=download, progress=said)
+        if local:
+            step("preparing data")
+            prepare(reader, files, out.absolute(), **settings)
+        else:
+            reader.shards(files)  # wrong input is said before Ray starts
+            step("starting Ray" if address is None else f"joining Ray at {address}")
+            with ray_session(address):
+                step("preparing data")
+                prepare(reader, files, out.absolute(), parse_all=parse_all, **settings)
     _report_store(out)
 
 
@@ -179,13 +186,15 @@ def data_describe(
       subfleet data describe synthetic_cifar10 --set partition=dirichlet --set alpha=0.1
       subfleet data describe examples/cifar10.toml --json
     """
+    loading()
     from subfleet.datasets.census import census
 
-    if verify:
-        _verify(Path(what))
     said = _said()
+    if verify:
+        _verify(Path(what), said)
     data = _federation(what, options or [], said)
-    found = census(data, said)
+    with waiting("counting"):
+        found = census(data, said)
     found["report"] = getattr(data, "report", {})
     if verify:
         found["verified"] = True
@@ -211,12 +220,13 @@ def _short(quantiles: dict[str, float]) -> dict[str, float]:
     return {name: round(value) if value >= 1000 else value for name, value in quantiles.items()}
 
 
-def _verify(store: Path) -> None:
+def _verify(store: Path, said: Preparation) -> None:
     from subfleet.datasets.writing import verify_store
 
     if not (store / "manifest.json").exists():
         raise InputError(f"--verify: {store} is no store; name one that data prepare wrote")
-    verify_store(store)
+    with waiting(f"checking {store}"):
+        verify_store(store, said)
 
 
 @data_app.command("plot")
@@ -237,19 +247,20 @@ def data_plot(
       subfleet data plot examples/cifar10.toml -o partition.png
       subfleet data plot synthetic_cifar10 --set alpha=0.1 --set clients=50 -o skewed.png
     """
+    loading()
     from subfleet.dashboards.data_plots import partition_plot
 
     data = _federation(what, options or [], _said())
-    typer.echo(str(partition_plot(data, out, clients=clients)))
+    with waiting("drawing"):
+        path = partition_plot(data, out, clients=clients)
+    typer.echo(str(path))
 
 
 def _said() -> Preparation:
     """Says on stderr how far a long preparation has come."""
-    from rich.console import Console
-
     from subfleet.dashboards.console import Preparation
 
-    return Preparation(Console(stderr=True))
+    return Preparation(stderr())
 
 
 def _federation(what: str, options: list[str], said: Preparation) -> Federation:
@@ -274,4 +285,5 @@ def _federation(what: str, options: list[str], said: Preparation) -> Federation:
         )
     else:
         experiment = Experiment(data={"name": what}).with_overrides(overrides)
-    return registry.build_data(experiment.data, seed=experiment.run.seed, progress=said)
+    with waiting("reading the data"):
+        return registry.build_data(experiment.data, seed=experiment.run.seed, progress=said)

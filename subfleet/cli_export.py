@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from subfleet.cli_support import DebugOption, loading, print_json, print_table, reported
+from subfleet.cli_support import DebugOption, loading, print_json, print_table, reported, waiting
 
 
 @reported
@@ -54,7 +54,8 @@ def export(
     loading(always=True)
     from subfleet.export import export as write
 
-    done = write(run, tier=tier, client=client, width=width, out=out, force=force)
+    with waiting("reading the run") as step:
+        done = write(run, tier=tier, client=client, width=width, out=out, force=force, step=step)
     for words in done.warnings:
         typer.echo(f"warning: {words}", err=True)
     if as_json:

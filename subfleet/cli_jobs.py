@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from subfleet.cli_support import DebugOption, JsonOption, print_json, print_table, reported
+from subfleet.cli_support import DebugOption, JsonOption, print_json, print_table, reported, waiting
 from subfleet.core.errors import InputError, RunFailed
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -94,9 +96,11 @@ def submit(
     submission = Submission(
         loaded.to_toml(), out=out, restarts=restarts, more=tuple(more or ()), **named
     )
-    server = JobServer(address)
-    typer.echo(f"sending the code to {server.address} ...", err=True)
-    submission.send(server)
+    with waiting(f"asking {address}") as step:
+        server = JobServer(address)
+        typer.echo(f"sending the code to {server.address} ...", err=True)
+        step("sending the code")
+        submission.send(server)
     typer.echo(f"job {submission.id} is submitted; its run folder: {submission.folder}", err=True)
     if not wait:
         typer.echo(f"follow it: subfleet jobs logs {submission.id} --follow", err=True)
@@ -106,7 +110,8 @@ def submit(
     if fetch is not None and job.status != "STOPPED":
         typer.echo(f"fetching {submission.folder} ...", err=True)
         try:
-            fetch_folder(server, submission.folder, fetch)
+            with waiting("fetching"):
+                fetch_folder(server, submission.folder, fetch)
             typer.echo(str(fetch))
         except RunFailed as error:
             if not exit_status(job):
@@ -183,7 +188,8 @@ def fetch(
     folder = server.job(id).metadata.get("out")
     if folder is None:
         raise InputError(f"job {id}: was not submitted by `subfleet submit`; copy its files")
-    fetch_folder(server, folder, to)
+    with waiting(f"fetching {folder}"):
+        fetch_folder(server, folder, to)
     typer.echo(str(to))
 
 
@@ -200,15 +206,27 @@ def stop(id: JobArgument, address: AddressOption = ADDRESS, debug: DebugOption =
     """
     from subfleet.cluster.jobs import JobServer
 
-    job = JobServer(address).stop(id)
+    with waiting(f"job {id} saves its last finished round"):
+        job = JobServer(address).stop(id)
     if not job.over:
         raise RunFailed(f"job {id} was told to stop and has not ended yet; it is {job.status}")
     typer.echo(f"{job.id}: {job.status}")
 
 
 def _followed(server: Any, id: str) -> Any:
+    with ExitStack() as starting:
+        starting.enter_context(waiting(f"job {id} is starting"))
+
+        def write(text: str) -> None:
+            starting.close()
+            typer.echo(text, nl=False)
+
+        return _until_the_end(server, id, write)
+
+
+def _until_the_end(server: Any, id: str, write: Callable[[str], None]) -> Any:
     try:
-        return server.follow(id, lambda text: typer.echo(text, nl=False))
+        return server.follow(id, write)
     except KeyboardInterrupt:
         typer.echo(
             f"\nno longer following; job {id} goes on: subfleet jobs stop {id} ends it", err=True

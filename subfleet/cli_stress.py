@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subfleet.cli_support import DebugOption, JsonOption, loading, print_json, print_table, reported
+from subfleet.cli_support import (
+    DebugOption,
+    JsonOption,
+    loading,
+    print_json,
+    print_table,
+    reported,
+    stderr,
+)
 from subfleet.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +112,7 @@ def stress(
     counts = parse_counts("--clients", clients)
     rungs = [Rung(size, n) for size in parse_counts("--cohort", cohort) for n in counts]
     facts, outcomes = {"environment": environment()}, []
-    console = _stderr()
+    console = stderr()
     say = _teller(console, rungs, rounds + 2)
     for outcome in climb(ladder, rungs, say):
         outcomes.append(outcome)
@@ -122,12 +130,6 @@ def stress(
 
 def _new_folder() -> Path:
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-stress"
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _teller(console: Console, rungs: Sequence[Rung], rounds: int) -> Callable[[Rung, int], None]:

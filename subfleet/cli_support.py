@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,22 @@ def _end(message: str, status: int, debug: bool) -> None:
         traceback.print_exc()
     typer.echo(message, err=True)
     raise typer.Exit(status)
+
+
+def stderr() -> Console:
+    """The console of what is not a result: standard output is for those."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def waiting(
+    what: str, *, first_s: float | None = None
+) -> AbstractContextManager[Callable[[str], None]]:
+    """Says on stderr what the block does, where that takes more than two seconds."""
+    from subfleet.dashboards.console import waiting as wait
+
+    return wait(stderr(), what, first_s=first_s)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subfleet.cli_support import DebugOption, loading, reported
+from subfleet.cli_support import DebugOption, loading, reported, stderr
 from subfleet.core.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
@@ -49,15 +49,13 @@ def watch(
         raise InputError(f"--patience {patience:g}: is below 0; give seconds, e.g. 600")
     _check(run)
     loading()
-    from rich.console import Console
-
     from subfleet.dashboards.console import ConsoleProgress, print_end
     from subfleet.dashboards.following import Following, rounds_table
     from subfleet.launch import Run
     from subfleet.platform.runfolder import RunFolder
 
     folder = RunFolder.find(run)
-    console = Console(stderr=True)  # stdout is for the end
+    console = stderr()
     line = ConsoleProgress(0, console)
     following = Following(folder, line, patience_s=patience)
     if last and following.records:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -69,6 +70,7 @@ def export(
     width: float | None = None,
     out: str | os.PathLike | None = None,
     force: bool = False,
+    step: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write the small network of a run for a tier, a client, or a width.
 
@@ -80,6 +82,7 @@ def export(
         width: In (0, 1]: the first units of each layer, so large a share of them.
         out: The folder to write; by default `export/<tier, client or width>` in the run's.
         force: Replace the files of an earlier export; other files are never touched.
+        step: Hears, before each long part of the work, what it is.
 
     Raises:
         InputError: No such run, tier or client; no weights yet; or `out` is not empty, or
@@ -89,15 +92,18 @@ def export(
     target = Target.of(tier, client, width)
     where = _checked_out(run, target, out, force)
     opened = TrainedRun.open(run)
+    step("cutting out the network")
     small = fitted(opened, target)
     takes = _input(opened)
     temporary = _beside(where)
     try:
+        step("writing the program")
         check = _write_program(temporary / PROGRAM, opened, small, takes)
         tensors = _tensors(small.module)
         weights = save(tensors, metadata={"format": "pt"})
         with disk_guard(where, len(weights)):
             (temporary / WEIGHTS).write_bytes(weights)
+        step("measuring the network")
         said = card(opened, target, small, takes, tensors, check)
         said["files"] = {name: (temporary / name).stat().st_size for name in (WEIGHTS, PROGRAM)}
         (temporary / CARD).write_bytes(card_bytes(said))

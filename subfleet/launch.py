@@ -27,7 +27,7 @@ from subfleet.core.errors import InputError
 from subfleet.core.program import LocalRule, Params, Stream
 from subfleet.core.schedule import Schedule
 from subfleet.core.supernet import SuperNetwork
-from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation
+from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation, waiting
 from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.datasets.federation import Federation, identity, split_of
 from subfleet.datasets.pooled import Pooled
@@ -211,7 +211,7 @@ def launch(
     record = EngineRecord.load(str(engine_record)) if engine_record is not None else None
     try:
         say("reading the data ...")
-        job = assemble(experiment, record, Preparation(progress) if progress is not None else None)
+        job = _assembled(experiment, record, progress)
         device = local_device(experiment.run.device) if local else experiment.run.device
         folder = _folder(experiment, job, out, resume)
     except (KeyboardInterrupt, SystemExit):
@@ -254,6 +254,16 @@ def launch(
     finally:
         line.close()
     return Run(folder.path, summary)
+
+
+def _assembled(
+    experiment: Experiment, record: EngineRecord | None, progress: Console | None
+) -> Job:
+    """`assemble`, which says on a console how far it is."""
+    if progress is None:
+        return assemble(experiment, record)
+    with waiting(progress, "reading the data", first_s=10.0):
+        return assemble(experiment, record, Preparation(progress))
 
 
 def _holds_a_run(out: str | os.PathLike | None, restarts: int, local: bool) -> bool:

@@ -17,18 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.dashboards.console import duration
+from subfleet.dashboards.console import Preparation, duration, waiting
 from subfleet.launch import Run, assemble, command_name, launch
 from subfleet.platform import checkpoint
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.runfolder import RunFolder
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 REPORTED = ("acc_global", "acc_local", "loss_global", "params_mean", "total_bytes_up")
 
@@ -104,16 +103,20 @@ def _named(label: str) -> Iterator[None]:
         raise type(error)(f"cell {label}: {error}") from error
 
 
-def check(todo: Sequence[Cell]) -> None:
+def check(todo: Sequence[Cell], progress: Console | None = None) -> None:
     """Builds what each unfinished cell would run, without running it.
 
     A mistake in the last cell then shows before the first one is trained. Of the seeds of
-    a point, which differ in nothing else, one is built. Raises `InputError`.
+    a point, which differ in nothing else, one is built. `progress` shows how far that is.
+    Raises `InputError`.
     """
     first = {cell.label: cell for cell in reversed(todo) if cell.done() is None}
-    for label, cell in reversed(first.items()):
-        with _named(label):
-            assemble(cell.experiment)
+    console = progress or Console(quiet=True)
+    with waiting(console, "reading the data") as step:
+        for number, (label, cell) in enumerate(reversed(first.items()), start=1):
+            step(f"reading the data of cell {number} of {len(first)}")
+            with _named(label):
+                assemble(cell.experiment, progress=Preparation(console))
 
 
 def _slug(label: str) -> str:
@@ -138,7 +141,7 @@ def run_cells(
     say(f"{_count(len(todo))}, {len(todo) - left} finished before, {left} to run")
     if left:
         say("reading the data ...")
-        check(todo)
+        check(todo, progress)
     if left and not local:
         say("starting Ray ..." if address is None else f"joining Ray at {address} ...")
     with nullcontext() if local or not left else _ray(address):

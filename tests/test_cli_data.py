@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 from subfleet.cli import app
 from subfleet.datasets import READERS, SETS, Store
 from subfleet.datasets.published import open_set
+from subfleet.datasets.store import read_manifest
+from subfleet.datasets.writing import verify_store
 
 runner = CliRunner()
 
@@ -299,3 +301,20 @@ def test_plot_refuses_what_it_cannot_draw_or_write(store: Path, tmp_path: Path) 
 def test_help_has_examples(command: str) -> None:
     shown = data(command, "--help")
     assert shown.exit_code == 0 and f"subfleet data {command}" in shown.stdout
+
+
+def test_what_takes_seconds_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subfleet.dashboards.console.SLOW_S", 0.0)
+    made = data("prepare", "femnist", "--source", source, "--out", tmp_path / "s", "--local")
+    assert "looking at the files ... 0s" in made.stderr
+    drawn = data("plot", tmp_path / "s", "-o", tmp_path / "p.png")
+    assert "drawing ... 0s" in drawn.stderr
+
+
+def test_the_files_of_a_store_are_checked_one_by_one(store: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    verify_store(store, lambda *progress: heard.append(progress))
+    number = len(read_manifest(store)["files"])
+    assert number and heard == [("files checked", n, number) for n in range(number)]

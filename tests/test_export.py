@@ -622,6 +622,19 @@ def test_what_is_no_export_is_never_replaced(cases: dict[str, Case], tmp_path: P
         export(run, tier="high", out=run, force=True)
 
 
+def test_an_export_says_what_takes_its_time(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    case = next(iter(cases.values()))
+    export(case.run.path, width=0.5, out=tmp_path / "a", step=steps.append)
+    assert steps == ["cutting out the network", "writing the program", "measuring the network"]
+    monkeypatch.setattr("subfleet.dashboards.console.SLOW_S", 0.0)
+    words = ["export", str(case.run.path), "--width", "0.5", "--out", str(tmp_path / "b")]
+    result = CliRunner().invoke(app, words)
+    assert "reading the run ... 0s" in result.stderr, result.output
+
+
 def test_the_command_prints_a_table_or_the_card(cases: dict[str, Case], tmp_path: Path) -> None:
     run, runner = str(cases["cnn"].run.path), CliRunner()
     shown = runner.invoke(app, ["export", run, "--width", "0.5", "--out", str(tmp_path / "a")])

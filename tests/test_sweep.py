@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import statistics
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_launch import tables
 from typer.testing import CliRunner
 
@@ -17,7 +19,7 @@ from subfleet.cli import app
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError
 from subfleet.launch import Run
-from subfleet.sweep import cells, grid_points, plus_minus, run_cells, sweep, table
+from subfleet.sweep import cells, check, grid_points, plus_minus, run_cells, sweep, table
 
 GRID = {"algorithm.name": ["fedpa", "fedavg"]}
 
@@ -166,3 +168,12 @@ def test_an_interrupted_sweep_says_how_to_go_on(
         f"stopped; {tmp_path / 'cells'} holds 1 of 2 cells finished; go on with\n"
         f"  subfleet {' '.join(arguments)}\ninterrupted\n"
     )
+
+
+def test_the_check_of_the_cells_says_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subfleet.dashboards.console.SLOW_S", 0.0)
+    console = Console(file=io.StringIO())
+    check(cells(base(), [0, 1], grid_points(GRID), tmp_path), console)
+    assert "reading the data" in console.file.getvalue()

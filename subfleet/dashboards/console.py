@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -216,6 +218,37 @@ class ConsoleProgress:
     def _plain(self, text: str) -> None:
         # Never wrapped: a log file has no width.
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def waiting(
+    console: Console, what: str, *, first_s: float | None = None, interval_s: float = 10.0
+) -> Iterator[Callable[[str], None]]:
+    """Says what the block does, and for how long, where that takes more than two seconds.
+
+    Then again every `interval_s`. Yields a function that takes what is done from then on.
+    """
+    now = what
+    over = threading.Event()
+
+    def change(to: str) -> None:
+        nonlocal now
+        now = to
+
+    def say() -> None:
+        began, wait_s = time.monotonic(), SLOW_S if first_s is None else first_s
+        while not over.wait(wait_s):
+            wait_s = interval_s
+            words = f"{now} ... {duration(time.monotonic() - began)}"
+            console.print(words, soft_wrap=True, markup=False, highlight=False)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield change
+    finally:
+        over.set()
+        thread.join()
 
 
 class Preparation:

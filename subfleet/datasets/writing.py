@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,9 +183,15 @@ def repeats(x: np.ndarray) -> np.ndarray:
     return first[which].astype(np.int32)
 
 
-def verify_store(path: Path) -> None:
-    """InputError unless every file of the store has the sum that its manifest says."""
-    for name, facts in read_manifest(path)["files"].items():
+def verify_store(path: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """InputError unless every file of the store has the sum that its manifest says.
+
+    `progress(what, done, total)` hears of each file that is checked.
+    """
+    files = read_manifest(path)["files"]
+    for number, (name, facts) in enumerate(files.items()):
+        if progress:
+            progress("files checked", number, len(files))
         found = _sha256(path / name)
         if found != facts["sha256"]:
             raise InputError(

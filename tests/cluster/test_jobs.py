@@ -18,6 +18,7 @@ from threading import Thread
 import pytest
 from commands import EXPERIMENT, Commands, Head, assert_every_round_once, free_port, running
 
+from subfleet.cli_jobs import _followed
 from subfleet.cluster.fetch import pack, unpack
 from subfleet.cluster.jobs import JobInfo, JobServer, checked, exit_status
 from subfleet.cluster.submit import Submission, own_modules, relative_paths
@@ -193,6 +194,25 @@ def test_rays_own_command_submits_it_too(cluster: Cluster, digest: str, tmp_path
     said, errors = job.communicate(timeout=150)
     assert job.returncode == 0, (said, errors)
     assert (RunFolder(tmp_path / "run", "").read_summary() or {})["params_sha256"] == digest
+
+
+def test_a_job_that_does_not_write_yet_is_spoken_of_until_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("subfleet.dashboards.console.SLOW_S", 0.01)
+    waited: list[str] = []
+
+    class Slow:
+        def follow(self, id: str, write: Callable[[str], None]) -> str:
+            wait_for(lambda: waited.append(capsys.readouterr().err) or "".join(waited), "no word")
+            write("loading torch ...\n")
+            time.sleep(0.1)
+            write("done\n")
+            return id
+
+    assert _followed(Slow(), "a") == "a"
+    assert "".join(waited) == "job a is starting ... 0s\n"
+    assert capsys.readouterr() == ("loading torch ...\ndone\n", "")
 
 
 def test_the_status_of_a_job_is_its_own() -> None:

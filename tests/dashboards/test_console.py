@@ -1,9 +1,16 @@
 import io
+import time
 
 import pytest
 from rich.console import Console
 
-from subfleet.dashboards.console import ConsoleProgress, LoggedWarnings, Preparation, print_end
+from subfleet.dashboards.console import (
+    ConsoleProgress,
+    LoggedWarnings,
+    Preparation,
+    print_end,
+    waiting,
+)
 from subfleet.platform.stretches import Stretch
 
 ROWS = [
@@ -117,6 +124,24 @@ def test_long_preparations_are_spoken_of_and_short_ones_are_not() -> None:
         console = Console(file=io.StringIO(), width=80)
         Preparation(console, interval_s=interval_s)("read", 3, 17)
         assert console.file.getvalue().strip() == words
+
+
+def test_what_takes_long_is_said_with_its_time_again_and_again_and_what_does_not_is_not() -> None:
+    out = console(terminal=False)
+    with waiting(out, "sending [a]", first_s=60):
+        pass
+    assert out.file.getvalue() == ""
+    with waiting(out, "sending [a]", first_s=0.02, interval_s=0.02) as step:
+        while out.file.getvalue().count("\n") < 2:
+            time.sleep(0.01)
+        step("starting")
+        while "starting" not in out.file.getvalue():
+            time.sleep(0.01)
+    said = out.file.getvalue()
+    assert said.startswith("sending [a] ... 0s\nsending [a] ... 0s\n")
+    assert said.endswith("starting ... 0s\n")
+    time.sleep(0.1)
+    assert out.file.getvalue() == said
 
 
 # --- phases, and progress within a round ---------------------------------------------------------
