@@ -14,6 +14,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from pages import Page
 
 from subfleet.cluster.operators import BOUNDS_S, METRICS, OperatorMetrics
 from subfleet.config import Experiment
@@ -150,6 +151,20 @@ def test_a_run_on_ray_exports_them_while_it_goes_on(experiment: Experiment, tmp_
     assert found["ray_subfleet_hosts_alive"] == {"": 1.0}
     assert 0 <= found["ray_subfleet_bundles_in_flight"][""] <= 2
     assert ended[0].summary["finished"]
+
+
+def test_the_document_states_them_and_no_others() -> None:
+    section = Page("cluster.md").text.split("## Watching a cluster")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "| `ray_" in line]
+    assert rows == [
+        [
+            f"`{metric.exported[0].removesuffix('_bucket')}`",
+            metric.kind,
+            ", ".join(f"`{tag}`" for tag in metric.tags),
+            metric.meaning,
+        ]
+        for metric in METRICS
+    ]
 
 
 # --- the dashboard -------------------------------------------------------------------------------
