@@ -100,7 +100,7 @@ def _stopped(folder: RunFolder, ended: Ended) -> str:
 
 
 def _go_on(folder: RunFolder) -> str:
-    from subfleet.launch import resume_command
+    from subfleet.going_on import resume_command
     from subfleet.platform import checkpoint
     from subfleet.platform.files import last_checkpoint
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -32,6 +30,7 @@ from subfleet.dashboards.tensorboard import TensorBoardWriter
 from subfleet.datasets.federation import Federation, identity, split_of
 from subfleet.datasets.pooled import Pooled
 from subfleet.doubts import doubts
+from subfleet.going_on import how_to_go_on
 from subfleet.platform import checkpoint
 from subfleet.platform.devices import Devices
 from subfleet.platform.engine import Work
@@ -245,7 +244,7 @@ def launch(
     except BaseException as error:
         line.close()
         if isinstance(error, KeyboardInterrupt | SystemExit):
-            for words in _how_to_go_on(folder, experiment.run.rounds, local, address):
+            for words in how_to_go_on(folder, experiment.run.rounds, local, address):
                 say(words)
         # Nothing was trained: leave nothing that would be in the way of the next try.
         if not resume and not folder.begun:
@@ -286,33 +285,6 @@ def _teller(console: Console | None) -> Callable[[str], None]:
             console.print(words, soft_wrap=True, markup=False, highlight=False)
 
     return say
-
-
-def _how_to_go_on(
-    folder: RunFolder, rounds: int, local: bool, address: str | None
-) -> tuple[str, ...]:
-    """What an interrupted run left, and the command that takes it up."""
-    last = last_checkpoint(folder.metrics)
-    if last is None:
-        return ("stopped; nothing saved yet",)
-    where = ["--local"] if local else [] if address is None else ["--address", address]
-    return (
-        f"stopped; {folder.path} holds {checkpoint.number(last)} of {rounds} rounds; go on with",
-        f"  {resume_command(folder, where)}",
-    )
-
-
-def resume_command(folder: RunFolder, where: Sequence[str] = ()) -> str:
-    """The command that goes on with a run; `where` are its options on where it runs."""
-    command = ["run", str(folder.config), "--out", str(folder.path), "--resume", *where]
-    return f"{command_name()} {shlex.join(command)}"
-
-
-def command_name() -> str:
-    """How this process was told to run subfleet: the console script, or a Python's `-m`."""
-    if Path(sys.argv[0]).name == "__main__.py":
-        return shlex.join([sys.executable, "-m", "subfleet"])
-    return "subfleet"
 
 
 def _run_here(

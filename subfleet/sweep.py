@@ -24,7 +24,8 @@ from rich.console import Console
 from subfleet.config import Experiment
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.dashboards.console import Preparation, duration, waiting
-from subfleet.launch import Run, assemble, command_name, launch
+from subfleet.going_on import command_name
+from subfleet.launch import Run, assemble, launch
 from subfleet.platform import checkpoint
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.runfolder import RunFolder

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sys
-import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,11 +23,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
 from subfleet.core.errors import InputError
+from subfleet.platform import locks
 from subfleet.platform.files import json_bytes, write_atomic
 from subfleet.platform.record import EngineRecord
 
-# Whoever looks whether a folder is `busy` has its lock for an instant.
-_LOCK_TRIES, _LOCK_WAIT_S = 5, 0.02
 _PACKAGES = (
     "subfleet",
     "numpy",
@@ -363,33 +360,12 @@ class RunFolder:
 
         Raises `InputError` when another process holds it.
         """
-        handle = os.open(self.path, os.O_RDONLY)
-        for left in reversed(range(_LOCK_TRIES)):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if left:
-                    time.sleep(_LOCK_WAIT_S)
-                    continue
-                os.close(handle)
-                raise InputError(
-                    f"{self.path}: another process is running in it; "
-                    "wait for it, stop it, or give another --out"
-                ) from error
-        return handle
+        return locks.take(self.path)
 
     @property
     def busy(self) -> bool:
         """Whether a process runs in it: one of this machine, others' locks are not seen here."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        return locks.taken(self.path)
 
     def write_config(self, tables: Mapping[str, Any]) -> None:
         """Replace `config.toml` where a resume changes it: how long it goes on, say."""
