@@ -7,6 +7,7 @@ those of counters. They are of the process that runs the rounds, and go with it.
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 RUN = "run"  # the tag that all have: the name of the run's folder
 PREFIX = "ray_"  # Ray's, before the names of all metrics of its users
+AGAIN_S = 2.0  # after which gauges are set again
 BOUNDS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 _ENDINGS = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
@@ -84,11 +86,14 @@ class OperatorMetrics:
     """An `Observer` that keeps Ray's metrics up to date: microseconds a round.
 
     It may be pickled until the run begins: metrics belong to the process that makes them. What
-    counts has no series before it first happens, for Ray counts no zeros.
+    counts has no series before it first happens, for Ray counts no zeros. Gauges Ray forgets
+    twenty seconds after they were set: they are set again and again.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, str], float] = {}
+        self._again_at = 0.0
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Make the metrics, and say how far the run has come."""
@@ -106,9 +111,13 @@ class OperatorMetrics:
         self._note("subfleet_round", info["start"])
 
     def on_hosts(self, alive: int, in_flight: int) -> None:
-        """How many hosts there are, and what they have at hand."""
+        """How many hosts there are, and what they have at hand; comes every few seconds."""
         self._note("subfleet_hosts_alive", alive)
         self._note("subfleet_bundles_in_flight", in_flight)
+        if (now := time.monotonic()) > self._again_at:
+            self._again_at = now + AGAIN_S
+            for (name, tag), value in list(self._gauges.items()):
+                self._note(name, value, tag)
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Take over what the round has to say."""
@@ -133,6 +142,7 @@ class OperatorMetrics:
         metric = _BY_NAME[name]
         tags = {metric.tag: tag} if tag else None
         if metric.kind == "gauge":
+            self._gauges[name, tag] = float(value)
             self._metrics[name].set(float(value), tags)
         elif metric.kind == "histogram":
             self._metrics[name].observe(float(value), tags)
