@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -165,26 +164,11 @@ def _state(
     folder: RunFolder, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> State:
     """A run that is going on holds its folder's lock; one that came to an end has a summary."""
-    if is_locked(folder.path):
+    if folder.busy:
         return "running"
     if summary and (not records or summary.get("rounds", 0) >= records[-1]["round"]):
         return "finished" if summary.get("finished", True) else "stopped"
     return "cut short"
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process on this machine runs in the folder."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
