@@ -58,9 +58,9 @@ def watch(
     console = stderr()
     line = ConsoleProgress(0, console)
     following = Following(folder, line, patience_s=patience)
-    if last and following.records:
-        console.print(rounds_table(following.records, last))
     try:
+        if last and following.records:
+            console.print(rounds_table(following.records, last))
         ended = following.follow()
     except (KeyboardInterrupt, SystemExit):
         line.close()
