@@ -22,6 +22,7 @@ from subfleet.cli_report import report
 from subfleet.cli_stress import stress
 from subfleet.cli_support import DebugOption, loading, reported, stderr
 from subfleet.cli_watch import watch
+from subfleet.cluster.address import check_address
 from subfleet.core.errors import InputError
 
 app = typer.Typer(
@@ -114,10 +115,10 @@ def run(
     """
     from subfleet.config import Experiment
 
-    _one_place(local, address)
     if resume and out is None:
         raise InputError("--resume needs --out; name the folder of the run to continue")
     loaded = Experiment.load(experiment, overrides or ())
+    _one_place(local, address)
     loading(always=True)
     from subfleet.dashboards.console import print_end
     from subfleet.launch import launch
@@ -164,10 +165,10 @@ def sweep(
     from subfleet.config import Experiment
     from subfleet.config_text import parse_grid
 
-    _one_place(local, address)
     loaded = Experiment.load(experiment)
     axes = dict(parse_grid(axis) for axis in grid or ())
     chosen_seeds = parse_seeds(seeds)
+    _one_place(local, address)
     loading(always=True)
     from subfleet.sweep import sweep as run_sweep
 
@@ -201,6 +202,7 @@ def demo(
 def _one_place(local: bool, address: str | None) -> None:
     if local and address is not None:
         raise InputError(f"--local and --address {address} exclude each other; give one of them")
+    check_address(address)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -92,25 +92,27 @@ def stress(
     where = out if out is not None else _new_folder()
     if (where / "stress.json").exists():
         raise InputError(f"--out {where}: holds a ladder already; give another folder")
-    loading(always=True)
-    from subfleet.cluster.start import check_address
+    from subfleet.cluster.address import check_address
     from subfleet.cluster.stress import Rung, parse_counts, parse_widths
+
+    counts, cohorts = parse_counts("--clients", clients), parse_counts("--cohort", cohort)
+    widths = tuple(parse_widths(tiers))
+    check_address(address)
+    loading(always=True)
     from subfleet.dashboards.ladder_plot import ladder_plot
     from subfleet.ladder import Ladder, climb, write
     from subfleet.platform.runfolder import environment
 
-    check_address(address)
     ladder = Ladder(
         out=where.absolute(),
-        widths=tuple(parse_widths(tiers)),
+        widths=widths,
         rounds=rounds,
         overrides=tuple(overrides or ()),
         local=local,
         address=address,
         minutes=minutes,
     )
-    counts = parse_counts("--clients", clients)
-    rungs = [Rung(size, n) for size in parse_counts("--cohort", cohort) for n in counts]
+    rungs = [Rung(size, n) for size in cohorts for n in counts]
     facts, outcomes = {"environment": environment()}, []
     console = stderr()
     say = _teller(console, rungs, rounds + 2)

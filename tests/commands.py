@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from subfleet.cluster.address import check_address
 from subfleet.cluster.jobs import checked
-from subfleet.cluster.start import check_address
 from subfleet.core.errors import InputError
 from subfleet.launch import Run
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import ssl
 import sys
 import sysconfig
 import time
@@ -13,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from subfleet.cluster.address import check_address, loaded_ray
 from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.job import Job
@@ -23,10 +22,7 @@ from subfleet.platform.runfolder import RunFolder
 from subfleet.platform.signals import terminable
 
 ROOM_S = 300.0  # how long nodes may take to join
-ANSWER_S = 5.0  # how long a cluster may take to answer a knock
 ZIPPED_STDLIB = f"/python{sys.version_info.major}{sys.version_info.minor}.zip"
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-HTTP2_SETTINGS = 4  # type of a frame, its fourth byte
 
 
 def ray_started() -> bool:
@@ -44,13 +40,7 @@ def ray_session(address: str | None) -> Iterator[Any]:
 
     Raises `InputError` when nobody answers at the address.
     """
-    if "ray" not in sys.modules:
-        # Ray reads these when it is loaded; set later, its processes would not agree on them.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
+    ray = loaded_ray()
     if ray.is_initialized():
         yield ray
         return
@@ -117,51 +107,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def check_address(address: str | None) -> None:
-    """InputError when nobody answers at `host:port`; Ray itself would try for two minutes."""
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or None
-    if address is None or address == "auto":
-        return
-    host, colon, port = address.rpartition(":")
-    if "/" in host or not colon or not port.isdecimal():
-        raise InputError(
-            f"--address {address}: is not of the form host:port, nor 'auto'; give the address "
-            "that `ray start` printed, on a machine of the cluster"
-        )
-    try:
-        plain = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S)
-        with plain, _within_tls(plain) as probe:
-            # Ray's servers speak HTTP/2, in which the server greets with a SETTINGS frame.
-            probe.sendall(HTTP2_GREETING)
-            answer = probe.recv(9)
-        if len(answer) < 4 or answer[3] != HTTP2_SETTINGS:
-            raise ConnectionError("what answers is not Ray")
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"--address {address}: no Ray cluster answers there ({error}); check the address "
-            "that `ray start` printed, leave --address out to start Ray here, or use --local"
-        ) from error
-
-
-def _within_tls(plain: socket.socket) -> socket.socket:
-    """The connection as Ray's processes have it: within TLS where the environment says so."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return plain
-    variables = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
-    if missing := [name for name in variables if name not in os.environ]:
-        raise InputError(
-            f"RAY_USE_TLS={os.environ['RAY_USE_TLS']}: {' and '.join(missing)} not set; give the "
-            "paths of the certificate and the key that the cluster's processes use"
-        )
-    context = ssl.create_default_context()
-    # Who answers is checked by Ray, once it joins; this is only a knock.
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.load_cert_chain(*(os.environ[name] for name in variables))
-    context.set_alpn_protocols(["h2"])
-    return context.wrap_socket(plain)
 
 
 class CoordinatorLost(RunFailed):

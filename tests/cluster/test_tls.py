@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
-import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from subfleet.cluster.start import check_address
+from subfleet.cluster.address import HEALTH, check_address
 from subfleet.core.errors import InputError
-
-SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how an HTTP/2 server greets
 
 
 @pytest.fixture
@@ -24,11 +23,12 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that vouches for itself, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ray")])
-    now = datetime.now(UTC)
+    now, loopback = datetime.now(UTC), ip_address("127.0.0.1")
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(loopback)]), critical=False)
         .sign(key, hashes.SHA256())
     )
     (tmp_path / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
@@ -43,27 +43,21 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def address(certificate: tuple[Path, Path]) -> str:
+def address(certificate: tuple[Path, Path]) -> Iterator[str]:
     """A server as Ray's are within TLS: callers show the cluster's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    context.load_verify_locations(certificate[0])
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.set_alpn_protocols(["h2"])
-    server = socket.create_server(("127.0.0.1", 0))
 
-    def serve() -> None:
-        with server:
-            plain, _ = server.accept()
-            try:
-                with context.wrap_socket(plain, server_side=True) as caller:
-                    caller.recv(1024)
-                    caller.sendall(SETTINGS)
-            except OSError:  # a caller without TLS, or without the certificate
-                plain.close()
+    class Health(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            assert handler_call_details.method == HEALTH
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: b"\x08\x01")
 
-    threading.Thread(target=serve, daemon=True).start()
-    return f"127.0.0.1:{server.getsockname()[1]}"
+    cert, key = (path.read_bytes() for path in certificate)
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Health()])
+    within = grpc.ssl_server_credentials([(key, cert)], cert, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", within)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
 
 
 def test_a_server_within_tls_is_taken_for_ray(
@@ -72,6 +66,7 @@ def test_a_server_within_tls_is_taken_for_ray(
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(certificate[0]))
     monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(certificate[1]))
+    monkeypatch.setenv("RAY_TLS_CA_CERT", str(certificate[0]))
     check_address(address)
 
 
@@ -87,5 +82,5 @@ def test_tls_without_a_certificate_is_an_error(
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.delenv("RAY_TLS_SERVER_CERT", raising=False)
     monkeypatch.delenv("RAY_TLS_SERVER_KEY", raising=False)
-    with pytest.raises(InputError, match="RAY_TLS_SERVER_CERT and RAY_TLS_SERVER_KEY not set"):
+    with pytest.raises(InputError, match="RAY_TLS_SERVER_KEY and RAY_TLS_SERVER_CERT not set"):
         check_address(address)
