@@ -32,9 +32,10 @@ SAY_S = 5.0  # between two lines on progress
 SPEED = {
     "planning": "plan",
     "training on the hosts": "train",
-    "reading and summing on the hosts": "read_sum",
+    "reading and summing on the hosts": "read",
     "merging on the coordinator": "merge",
 }
+HIDE = ("overhead", "clients/s", "rest")  # of which the others say most
 
 
 @reported
@@ -120,11 +121,11 @@ def stress(
         outcomes.append(outcome)
         found = write(ladder, outcomes, facts)
         ladder_plot(found["rungs"], where / "stress.png")
-        _say_end(console, outcome)
+        console.print(f"  {_said_of(outcome)}", highlight=False, soft_wrap=True, markup=False)
     if as_json:
         print_json(found)
     else:
-        _print(outcomes)
+        print_ladder(outcomes, local=local)
         typer.echo(f"{where / 'stress.json'}\n{where / 'stress.png'}")
     if not any(outcome.status == "ok" for outcome in outcomes):
         raise typer.Exit(STATUS_NOTHING_WORKED)
@@ -136,38 +137,41 @@ def _new_folder() -> Path:
 
 def _teller(console: Console, rungs: Sequence[Rung], rounds: int) -> Callable[[Rung, int], None]:
     """Says how far a rung is: where it begins, and every few seconds."""
-    said, last = 0.0, None
+    began, said, last = 0.0, 0.0, None
 
     def say(rung: Rung, done: int) -> None:
-        nonlocal said, last
-        if rung != last or time.monotonic() - said > SAY_S:
-            said, last = time.monotonic(), rung
+        nonlocal began, said, last
+        now = time.monotonic()
+        if rung != last or now - said > SAY_S:
+            began, said, last = began if rung == last else now, now, rung
             number = f"rung {list(rungs).index(rung) + 1} of {len(rungs)}"
             state = f"round {done} of {rounds}" if done else "starting ..."
+            if now - began > SAY_S:
+                state += f" {now - began:.0f} s"
             console.print(f"{number}: {rung}: {state}", highlight=False, soft_wrap=True)
 
     return say
 
 
-def _say_end(console: Console, outcome: Outcome) -> None:
+def _said_of(outcome: Outcome) -> str:
+    """A rung in a line: what gives out first, or why there are no figures."""
+    figures = outcome.figures
     if outcome.status == "ok":
-        figures = outcome.figures
-        words = f"{figures['round_s']:.3g} s a round; {figures['bottleneck']}: {figures['figure']}"
-    else:
-        words = f"{outcome.status}: {outcome.why}"
-    console.print(f"  {outcome.rung}: {words}", highlight=False, soft_wrap=True, markup=False)
+        return f"{outcome.rung}: {figures['bottleneck']}, {figures['figure']}"
+    return f"{outcome.rung}: {outcome.status}: {outcome.why}"
 
 
-def _print(outcomes: Sequence[Outcome]) -> None:
+def print_ladder(outcomes: Sequence[Outcome], *, local: bool) -> None:
+    """Two tables that fit 80 columns, of time and of sizes, and a line a rung."""
     done = [outcome for outcome in outcomes if outcome.status == "ok"]
     if done:
-        print_table([_speed(outcome) for outcome in done], title="seconds a round, medians")
-        print_table(
-            [_size(outcome) for outcome in done], title="peaks of memory, bytes a round, MB"
-        )
+        title = "seconds a round, medians"
+        print_table([_speed(outcome) for outcome in done], title=title, hide=HIDE)
+        title = "peaks of memory, bytes a round, MB"
+        print_table([_size(outcome, local=local) for outcome in done], title=title)
+    typer.echo("what gives out first:" if done else "no rung ended well:")
     for outcome in outcomes:
-        if outcome.status != "ok":
-            typer.echo(f"{outcome.rung}: {outcome.status}: {outcome.why}")
+        typer.echo(f"  {_said_of(outcome)}")
 
 
 def _head(outcome: Outcome) -> dict[str, Any]:
@@ -178,24 +182,24 @@ def _speed(outcome: Outcome) -> dict[str, Any]:
     figures = outcome.figures
     parts = figures["parts"]
     rest = sum(seconds for name, seconds in parts.items() if name not in SPEED)
+    # Medians of parts may exceed that of the whole by a little.
     seconds = {
         "startup": figures["startup_s"],
         "round": figures["round_s"],
         **{short: parts[name] for name, short in SPEED.items()},
-        "rest": rest,
+        "rest": max(0.0, rest),
         "overhead": figures["overhead_s"],
     }
-    shown = {name: float(f"{value:.3g}") for name, value in seconds.items()}
+    shown = {name: round(float(f"{value:.3g}"), 3) for name, value in seconds.items()}
     return {**_head(outcome), **shown, "clients/s": round(figures["clients_per_s"])}
 
 
-def _size(outcome: Outcome) -> dict[str, Any]:
+def _size(outcome: Outcome, *, local: bool) -> dict[str, Any]:
     figures = outcome.figures
     peaks = {role: round(size / 1e6) for role, size in figures["peaks"].items()}
-    return {
-        **_head(outcome),
-        **peaks,
-        "up": round(figures["bytes_up"] / 1e6, 1),
-        "down": round(figures["bytes_down"] / 1e6, 1),
-        "first bottleneck": f"{figures['bottleneck']}, {figures['figure']}",
-    }
+    if local:  # one process is all of it
+        peaks = {"memory": peaks["all"]}
+    moved = {name: figures[f"bytes_{name}"] for name in ("up", "down")}
+    # A figure is not rounded away: 12 clients of a small network send less than 0.1 MB.
+    shown = {name: float(f"{size / 1e6:.3g}") for name, size in moved.items()}
+    return {**_head(outcome), **peaks, **shown}

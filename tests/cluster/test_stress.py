@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from subfleet.cli import app
+from subfleet.cli_stress import print_ladder
 from subfleet.cluster.stress import (
     HOSTS,
     TRAINING,
@@ -27,7 +28,7 @@ from subfleet.cluster.stress import (
 )
 from subfleet.cluster.watch import RoundEnd, Watch, family, machine_bytes
 from subfleet.core.errors import InputError
-from subfleet.ladder import Ladder, climb
+from subfleet.ladder import Ladder, Outcome, climb
 
 ROOM = {"machine": 10_000_000_000, "object_store": 2_000_000_000}
 
@@ -206,6 +207,39 @@ def test_a_watch_sees_rounds_memory_and_processor_time(tmp_path: Path) -> None:
     assert 0 < watch.ends[0].coordinator_cpu_s <= watch.ends[2].coordinator_cpu_s
     assert watch.peaks["coordinator"] > 0
     assert 50_000_000 < watch.peaks["all"] < machine_bytes()
+
+
+def test_tables_of_a_million_clients_are_whole_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    peaks = {"coordinator": 480e6, "hosts": 965e6, "object_store": 10e6, "all": 1749e6}
+    parts = {TRAINING: 18.91, HOSTS: 2.62, "planning": 0.12512, "merging on the coordinator": 0.029}
+    found = one(
+        round_s=21.83,
+        startup_s=117.6,
+        overhead_s=3.114,
+        parts=parts | {"other": -0.003},
+        bytes_up=274_812_345,
+        bytes_down=12_345,
+        peaks={role: int(size) for role, size in peaks.items()},
+    )
+    outcomes = [Outcome(Rung(10_000, 1_000_000), "ok", figures=found.to_json())]
+    print_ladder([*outcomes, Outcome(Rung(10, 5), "failed", "it ended")], local=False)
+    said = capsys.readouterr().out
+    assert "…" not in said and "-0.003" not in said
+    cells = ["1,000,000", "10,000", "118", "21.8", "0.125", "18.9", "2.62", "0.029", "0"]
+    rows = [line.split() for line in said.splitlines() if line.startswith(" 1,000,000")]
+    sizes = ["1,000,000", "10,000", "480", "965", "10", "1,749", "275", "0.0123"]
+    assert rows == [cells, sizes]
+    assert "hidden: overhead, clients/s (a wider terminal, or --json)" in said
+    assert said.splitlines()[-2:] == [
+        "  1,000,000 clients, cohort 10,000: training on the hosts, 87% of a round's 21.8 s",
+        "  5 clients, cohort 10: failed: it ended",
+    ]
+    print_ladder(outcomes, local=True)  # of one process, which is coordinator and hosts
+    said = capsys.readouterr().out
+    assert "memory" in said and "coordinator " not in said
 
 
 @pytest.mark.ray
