@@ -26,6 +26,7 @@ from subfleet.core.errors import InputError
 from subfleet.platform import locks
 from subfleet.platform.files import json_bytes, write_atomic
 from subfleet.platform.record import EngineRecord
+from subfleet.platform.sameness import NOT_OF_THE_RESULT, WHEN_TO_STOP
 
 _PACKAGES = (
     "subfleet",
@@ -250,7 +251,7 @@ class RunFolder:
         folder = cls(Path(path).absolute(), fingerprint)
         if not folder.config.is_file():
             raise InputError(
-                f"--resume: {path} holds no run (no config.toml); "
+                f"--out {path}: holds no run (no config.toml); "
                 "leave out --resume to start one, or give the --out of the run"
             )
         facts = folder.read_environment()
@@ -258,7 +259,7 @@ class RunFolder:
         if there != fingerprint:
             different = _differences(folder.config.read_text(), config_toml)
             raise InputError(
-                f"--resume: {path} holds a run of another experiment{different} (fingerprint "
+                f"--out {path}: holds a run of another experiment{different} (fingerprint "
                 f"{str(there)[:12]}, this one {fingerprint[:12]}); "
                 "give the same experiment, or another --out"
             )
@@ -405,7 +406,7 @@ def _refuse_other(
         f"{key} {_short(there.get(key, 'unknown'))} there, {_short(here[key])} here" for key in keys
     ]
     raise InputError(
-        f"--resume: {path} holds a run {how} ({'; '.join(shown)}): the {what} changed "
+        f"--out {path}: holds a run {how} ({'; '.join(shown)}): the {what} changed "
         f"since it began; give the same {what}, or another --out"
     )
 
@@ -437,7 +438,8 @@ def _differences(there: str, here: str | None, most: int = 3) -> str:
         old, new = flat(tomllib.loads(there)), flat(tomllib.loads(here))
     except tomllib.TOMLDecodeError:
         return ""
-    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    allowed = NOT_OF_THE_RESULT | WHEN_TO_STOP
+    keys = [key for key in sorted((old | new).keys() - allowed) if old.get(key) != new.get(key)]
     if not keys:
         return ""
     shown = [

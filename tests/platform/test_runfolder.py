@@ -55,6 +55,9 @@ def test_open_refuses_another_experiment_and_names_the_keys(tmp_path):
     RunFolder.create(tmp_path, CONFIG, "f1")
     with pytest.raises(InputError, match=r"train.lr = 0.1 there, 0.2 here"):
         RunFolder.open(tmp_path, "f2", CONFIG.replace("0.1", "0.2"))
+    hosts = CONFIG.replace("0.1", "0.2").replace("rounds = 10", "rounds = 9\nhosts = 2")
+    with pytest.raises(InputError, match=r"experiment \(train.lr = 0.1 there, 0.2 here\) "):
+        RunFolder.open(tmp_path, "f2", hosts)  # which may differ is no reason
     with pytest.raises(InputError, match=r"train.momentum = absent there, 0.9 here"):
         RunFolder.open(tmp_path, "f2", CONFIG + "momentum = 0.9\n")
     with pytest.raises(InputError, match=r"another experiment .fingerprint f1, this one f2"):
