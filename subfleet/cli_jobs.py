@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -81,7 +82,7 @@ def submit(
       subfleet submit e.toml --set run.rounds=500 --no-wait
       subfleet submit e.toml --fetch runs/a
     """
-    from subfleet.cluster.fetch import check_free
+    from subfleet.cluster.fetch import check_free, refused
     from subfleet.cluster.fetch import fetch as fetch_folder
     from subfleet.cluster.jobs import JobServer, exit_status
     from subfleet.cluster.submit import Submission
@@ -107,7 +108,9 @@ def submit(
         typer.echo(submission.id)
         return
     job = _followed(server, submission.id)
-    if fetch is not None and job.status != "STOPPED":
+    if fetch is not None and refused(server, job):
+        typer.echo("no run was begun: there is nothing to fetch", err=True)
+    elif fetch is not None and job.status != "STOPPED":
         typer.echo(f"fetching {submission.folder} ...", err=True)
         try:
             with waiting("fetching"):
@@ -133,14 +136,13 @@ def list_jobs(
     """
     from subfleet.cluster.jobs import JobServer
 
-    rows = [_row(job) for job in JobServer(address).jobs()]
+    rows = [job_row(job) for job in JobServer(address).jobs()]
     if as_json:
         print_json(rows)
     elif not rows:
         typer.echo(f"no jobs at {address}")
     else:
-        shown = [{key: _shown(value) for key, value in row.items()} for row in rows]
-        print_table(shown, hide=("entrypoint", "seconds"))
+        print_jobs(rows)
 
 
 @jobs_app.command()
@@ -182,12 +184,24 @@ def fetch(
       subfleet jobs fetch subfleet-1a2b3c4d runs/a
     """
     from subfleet.cluster.fetch import fetch as fetch_folder
+    from subfleet.cluster.fetch import refused
     from subfleet.cluster.jobs import JobServer
 
     server = JobServer(address)
-    folder = server.job(id).metadata.get("out")
+    job = server.job(id)
+    folder = job.metadata.get("out")
     if folder is None:
-        raise InputError(f"job {id}: was not submitted by `subfleet submit`; copy its files")
+        raise InputError(
+            f"job {id}: was not submitted by `subfleet submit`, so its run folder is not known; "
+            f"copy it with scp, say, from where the job's command puts it: {job.entrypoint}"
+        )
+    if refused(server, job):
+        raise InputError(
+            f"job {id}: was refused before it began a run (`subfleet jobs logs {id}` says why); if "
+            f"{folder} holds one, it is another job's: fetch it by that job's id"
+        )
+    if not job.over:
+        typer.echo(f"job {id} is {job.status}: what is there of its run is fetched", err=True)
     with waiting(f"fetching {folder}"):
         fetch_folder(server, folder, to)
     typer.echo(str(to))
@@ -206,11 +220,16 @@ def stop(id: JobArgument, address: AddressOption = ADDRESS, debug: DebugOption =
     """
     from subfleet.cluster.jobs import JobServer
 
+    server = JobServer(address)
+    if server.job(id).over:
+        typer.echo(f"job {id} had ended before", err=True)
     with waiting(f"job {id} saves its last finished round"):
-        job = JobServer(address).stop(id)
+        job = server.stop(id)
     if not job.over:
         raise RunFailed(f"job {id} was told to stop and has not ended yet; it is {job.status}")
     typer.echo(f"{job.id}: {job.status}")
+    if job.status == "STOPPED":
+        typer.echo(_how_to_go_on(server.log(id)), err=True, nl=False)
 
 
 def _followed(server: Any, id: str) -> Any:
@@ -234,6 +253,12 @@ def _until_the_end(server: Any, id: str, write: Callable[[str], None]) -> Any:
         raise
 
 
+def _how_to_go_on(log: str) -> str:
+    """What a stopped run said last: what it left, and the command that takes it up."""
+    said = re.findall(r"^stopped; .*\n(?:  .*\n)?", log, re.MULTILINE)
+    return said[-1] if said else ""
+
+
 def _end(job: Any) -> None:
     """Ends the command as the job ended."""
     from subfleet.cluster.jobs import exit_status
@@ -246,7 +271,8 @@ def _end(job: Any) -> None:
     raise typer.Exit(status)
 
 
-def _row(job: Any) -> dict[str, Any]:
+def job_row(job: Any) -> dict[str, Any]:
+    """A job as `jobs list --json` has it."""
     ended = job.ended or datetime.now().timestamp()
     return {
         "id": job.id,
@@ -259,5 +285,21 @@ def _row(job: Any) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> Any:
-    return "–" if value is None else value
+def print_jobs(rows: Sequence[dict[str, Any]]) -> None:
+    """The same as a table."""
+    print_table([_shown(row) for row in rows], hide=("entrypoint", "seconds", "exit"))
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a table has it: narrow, so that there is room for the folder."""
+    started, status = row["started"], row["exit_status"]
+    cells = {
+        "id": row["id"],
+        "status": row["status"],
+        "exit": None if status is None else str(status),
+        "started": started and started[5:16],  # month, day, hours and minutes
+        "seconds": row["seconds"],
+        "run_folder": row["run_folder"],
+        "entrypoint": row["entrypoint"],
+    }
+    return {key: "–" if value is None else value for key, value in cells.items()}

@@ -123,7 +123,10 @@ def print_table(
         justify = "right" if is_number else "left"
         # A number or a name that wraps is unreadable; other texts may.
         header = key.replace("_", breaks if is_number else " ")
-        table.add_column(header, justify=justify, no_wrap=is_number or i == 0)
+        fixed = is_number or i == 0
+        # What is cut off, of a path say, cannot be had back; what is folded can.
+        overflow = "ellipsis" if fixed else "fold"
+        table.add_column(header, justify=justify, no_wrap=fixed, overflow=overflow)
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row.values()))
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from subfleet.platform import checkpoint
 from subfleet.platform.files import last_checkpoint
 from subfleet.platform.runfolder import RunFolder
 
+SENT_BY = "SUBFLEET_SENT_BY"  # set where `subfleet submit` started the run
+
 
 def how_to_go_on(
     folder: RunFolder, rounds: int, local: bool, address: str | None
@@ -19,9 +22,15 @@ def how_to_go_on(
     last = last_checkpoint(folder.metrics)
     if last is None:
         return ("stopped; nothing saved yet",)
+    done = f"{checkpoint.number(last)} of {rounds} rounds"
+    if SENT_BY in os.environ:
+        return (
+            f"stopped; {folder.path} holds {done}; go on with the same experiment by",
+            f"  subfleet submit EXPERIMENT.toml --out {shlex.quote(str(folder.path))}",
+        )
     where = ["--local"] if local else [] if address is None else ["--address", address]
     return (
-        f"stopped; {folder.path} holds {checkpoint.number(last)} of {rounds} rounds; go on with",
+        f"stopped; {folder.path} holds {done}; go on with",
         f"  {resume_command(folder, where)}",
     )
 

@@ -15,11 +15,14 @@ import tarfile
 from pathlib import Path
 from secrets import token_hex
 
-from subfleet.cluster.jobs import FETCH, JobServer, exit_status
+from subfleet.cluster.jobs import FETCH, JobInfo, JobServer, exit_status
 from subfleet.cluster.submit import code, quoted
 from subfleet.core.errors import InputError, RunFailed
 
 STAYS = ("checkpoints", "kept")
+NO_RUN = 3  # the exit status of a job that finds no run to fetch
+REFUSED = 2  # of a run whose input is wrong
+_ROUND = re.compile(r"\bround \d+/\d+")  # how a run's log says that something was trained
 _LINE = 1 << 16
 _ARCHIVE = re.compile(r"<subfleet archive ([0-9a-f]{64})>\s(.*?)<end of archive>", re.DOTALL)
 
@@ -30,10 +33,22 @@ def check_free(target: Path) -> None:
         raise InputError(f"{target}: is there already; give a folder that is not, or an empty one")
 
 
+class NoRun(RunFailed):
+    """There is no run in the folder."""
+
+
+def refused(server: JobServer, job: JobInfo) -> bool:
+    """Whether a job ended before it trained anything, for its input was wrong.
+
+    What lies in its folder, if anything, is another job's run: that it was is such an input.
+    """
+    return exit_status(job) == REFUSED and not _ROUND.search(server.log(job.id))
+
+
 def fetch(server: JobServer, folder: str, target: Path) -> None:
     """Brings a run folder of the cluster to `target` here.
 
-    Raises `RunFailed` where it cannot be read there, or came damaged.
+    Raises `NoRun` where there is none, `RunFailed` where it cannot be read, or came damaged.
     """
     check_free(target)
     id = f"{FETCH}{token_hex(4)}"
@@ -47,7 +62,9 @@ def fetch(server: JobServer, folder: str, target: Path) -> None:
     job = server.ended(id)
     log = server.log(id)
     server.client.delete_job(id)
-    if status := exit_status(job):
+    if (status := exit_status(job)) == NO_RUN:
+        raise NoRun(f"{folder} at {server.address} holds no run; nothing is fetched")
+    if status:
         last = (log.strip().splitlines() or [job.message])[-1]
         raise RunFailed(f"{folder} cannot be fetched from {server.address} ({status}): {last}")
     unpack(log, target)
@@ -90,5 +107,5 @@ def unpack(text: str, target: Path) -> None:
 if __name__ == "__main__":
     there = Path(sys.argv[1])
     if not (there / "config.toml").is_file():
-        sys.exit(f"{there} holds no run (no config.toml)")
+        sys.exit(NO_RUN)
     print(pack(there), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ ANSWER_S = 5.0  # how long a server may take to answer a knock
 POLL_S = 0.5
 FETCH = "subfleet-fetch-"  # how the ids of jobs begin that fetch a folder
 TOLD_S = 2.0  # in which a failed job's exit status follows
+_HOST_PORT = re.compile(r"[\w.-]+:\d+")
 STOPPED = 143  # of a job that was stopped before it told its own status, as after SIGTERM
 
 
@@ -68,7 +70,10 @@ class JobServer:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        # What they say of packages and sockets is Ray's own affair.
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
         try:
             # The client itself would wait for ever; whether the token is right, it says.
             requests.get(f"{self.address}/api/version", timeout=ANSWER_S)
@@ -81,8 +86,11 @@ class JobServer:
                 "(`ray get-auth-token` on the head shows it)"
             ) from error
         except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
+            # Of what speaks another protocol requests quotes the bytes.
+            broken = isinstance(error, requests.ConnectionError)
+            why = "it does not speak HTTP" if broken else error
             raise InputError(
-                f"--address {self.address}: what answers is no job server of Ray ({error}); give "
+                f"--address {self.address}: what answers is no job server of Ray ({why}); give "
                 "the dashboard's address, http://HEAD:8265 by default"
             ) from error
         there = version["ray_version"]
@@ -106,8 +114,7 @@ class JobServer:
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"{self.address} does not take the job {id}: {brief(error)}; where one is called "
-                "so already (`subfleet jobs list` shows them), give another --name"
+                f"{self.address} does not take the job {id}: {brief(error)}"
             ) from error
 
     def jobs(self) -> list[JobInfo]:
@@ -119,13 +126,17 @@ class JobServer:
 
     def job(self, id: str) -> JobInfo:
         """One job; `InputError` names those that there are where it is unknown."""
+        if (job := self.find(id)) is not None:
+            return job
+        known = ", ".join(job.id for job in self.jobs()[:5]) or "none"
+        raise InputError(f"job {id!r}: {self.address} knows no such job; it knows {known}")
+
+    def find(self, id: str) -> JobInfo | None:
+        """The job of this id, None where there is none."""
         try:
             return _told(self.client.get_job_info(id))
-        except RuntimeError as error:
-            known = ", ".join(job.id for job in self.jobs()[:5]) or "none"
-            raise InputError(
-                f"job {id!r}: {self.address} knows no such job; it knows {known}"
-            ) from error
+        except RuntimeError:
+            return None
 
     def log(self, id: str) -> str:
         """All that a job has written so far."""
@@ -196,9 +207,10 @@ def checked(address: str) -> str:
         port = 0
     web = parts.scheme in ("http", "https") and not parts.path.strip("/")
     if not web or not parts.hostname or not port:
+        meant = f"http://{address}" if _HOST_PORT.fullmatch(address) else "http://HEAD:8265"
         raise InputError(
             f"--address {address}: is not of the form http://HOST:PORT; give the address of the "
-            "cluster's dashboard, http://HEAD:8265 by default"
+            f"cluster's dashboard, such as {meant}, or leave --address out for that of this machine"
         )
     try:
         with socket.create_connection((parts.hostname, port), timeout=ANSWER_S):

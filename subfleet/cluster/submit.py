@@ -83,7 +83,12 @@ class Submission:
             taken.add(path.resolve().name)
 
     def send(self, server: JobServer) -> None:
-        """Submits it. InputError where the cluster does not take it."""
+        """Submits it. InputError where the cluster does not take it, or knows its id already."""
+        if (there := server.find(self.id)) is not None:
+            raise InputError(
+                f"--name {self.id}: there is a job {self.id} already ({there.status}); give "
+                "another --name, or leave it out"
+            )
         with code() as package, tempfile.TemporaryDirectory(prefix="subfleet-") as scratch:
             folder = Path(scratch)
             (folder / FILE).write_text(self.experiment)

@@ -374,7 +374,7 @@ def brief(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if cause is not None:
         return f"{type(cause).__name__}: {cause}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in str(error).splitlines() if line.strip(" .")]
     return shorten(lines[-1], 200, placeholder=" …") if lines else type(error).__name__
 
 

@@ -18,7 +18,7 @@ from threading import Thread
 import pytest
 from commands import EXPERIMENT, Commands, Head, assert_every_round_once, free_port, running
 
-from subfleet.cli_jobs import _followed
+from subfleet.cli_jobs import _followed, job_row, print_jobs
 from subfleet.cluster.fetch import pack, unpack
 from subfleet.cluster.jobs import JobInfo, JobServer, checked, exit_status
 from subfleet.cluster.submit import Submission, own_modules, relative_paths
@@ -118,7 +118,7 @@ def test_a_submitted_run_survives_its_coordinator_and_is_fetched(
 
     # Submitted again it finds the finished run; the id is taken.
     status, _, errors = cluster.call(*words)
-    assert status == 2 and "give another --name" in errors
+    assert status == 2 and "--name first: there is a job first already (SUCCEEDED)" in errors
     status, said, _ = cluster.call("jobs", "list", "--json")
     (row,) = (row for row in json.loads(said) if row["id"] == "first")
     assert (row["id"], row["status"], row["exit_status"]) == ("first", "SUCCEEDED", 0)
@@ -145,12 +145,16 @@ def test_a_stopped_job_saves_its_rounds_and_goes_on_when_submitted_again(
     wait_for(lambda: lines_of(there / "metrics.jsonl") >= 2, "no second round")
     status, said, errors = cluster.call("jobs", "stop", "long")
     assert (status, said) == (0, "long: STOPPED\n"), errors
+    assert f"subfleet submit EXPERIMENT.toml --out {there}\n" in errors
     done = lines_of(there / "metrics.jsonl")
     assert RunFolder(there, "").read_summary() is None, "the run was over before it was stopped"
     newest = max((there / "checkpoints").glob("round-*/manifest.json")).parent.name
     assert newest in (f"round-{done:06d}", f"round-{done - 1:06d}")
-    status, said, _ = cluster.call("jobs", "logs", "long", "--follow")
-    assert status != 0 and "go on with" in said
+    status, said, errors = cluster.call("jobs", "stop", "long")
+    assert (status, said) == (0, "long: STOPPED\n")
+    assert errors.startswith("job long had ended before\n")
+    status, said, errors = cluster.call("jobs", "logs", "long", "--follow")
+    assert status != 0 and "go on with" in said and "WebSocket" not in errors
     rounds = f"run.rounds={done + 1}"
     status, said, errors = cluster.call(*words, "--set", rounds)
     assert status == 0, (said, errors)
@@ -174,9 +178,18 @@ def test_a_failing_job_ends_the_command_with_its_own_status(
     # The job's code came along: this package and the user's own module.
     assert "error: code from " in said and "py_modules" in said
     assert "FAILED, exit status 2" in errors
+    # A job that is refused has no run, even where another job's lies in its folder.
+    there, fetched = tmp_path / "of another", tmp_path / "fetched"
+    there.mkdir()
+    (there / "config.toml").touch()
     file.write_text(f'[data]\nname = "femnist"\nsource = "{tmp_path}/nothing"\n')
-    status, said, errors = cluster.call("submit", str(file))
+    words = ("--name", "refused", "--out", str(there), "--fetch", str(fetched))
+    status, said, errors = cluster.call("submit", str(file), *words)
     assert status == 2 and f"{tmp_path}/nothing" in said
+    assert errors.index("no run was begun: there is nothing to fetch") < errors.index("FAILED")
+    status, _, errors = cluster.call("jobs", "fetch", "refused", str(fetched))
+    assert status == 2 and "job refused: was refused before it began a run" in errors
+    assert not fetched.exists()
 
 
 @pytest.mark.ray
@@ -215,6 +228,19 @@ def test_a_job_that_does_not_write_yet_is_spoken_of_until_it_does(
     assert capsys.readouterr() == ("loading torch ...\ndone\n", "")
 
 
+def test_the_list_of_jobs_cuts_no_folder_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = f"$HOME/subfleet-runs/{'deep/' * 8}subfleet-1a2b3c4d"
+    job = JobInfo("subfleet-1a2b3c4d", "FAILED", "python", 1.0, 2.0, 2, "", {"out": folder})
+    print_jobs([job_row(job)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    assert folder in "".join(line.split()[-1] for line in lines if line.strip())
+    assert "hidden: entrypoint, seconds, exit (a wider terminal, or --json)" in lines
+
+
 def test_the_status_of_a_job_is_its_own() -> None:
     def ended(status: str, code: int | None) -> int:
         return exit_status(JobInfo("a", status, "", 1.0, 2.0, code, "", {}))
@@ -239,9 +265,17 @@ def test_an_address_where_nobody_answers_is_told_within_seconds(tmp_path: Path) 
     assert time.monotonic() - started < 30  # most of it for the imports
 
 
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379", "ray://a:10001", "http://a:b"])
-def test_an_address_of_another_form_is_refused(address: str) -> None:
-    with pytest.raises(InputError, match="is not of the form http://HOST:PORT"):
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("auto", "http://HEAD:8265"),
+        ("127.0.0.1:8265", "http://127.0.0.1:8265"),
+        ("ray://a:10001", "http://HEAD:8265"),
+        ("http://a:b", "http://HEAD:8265"),
+    ],
+)
+def test_an_address_of_another_form_is_refused(address: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"is not of the form http://HOST:PORT; .* {meant}, or"):
         checked(address)
 
 
@@ -266,6 +300,22 @@ def test_a_server_that_never_answers_is_left_within_seconds() -> None:
         with pytest.raises(InputError, match="what answers is no job server of Ray"):
             JobServer(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 10
+
+
+def test_what_speaks_another_protocol_is_named_without_its_bytes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            caller, _ = server.accept()  # the knock
+            caller.close()
+            caller, _ = server.accept()
+            with caller:
+                caller.recv(1024)
+                caller.sendall(bytes(range(24)))
+
+        Thread(target=answer, daemon=True).start()
+        with pytest.raises(InputError, match=r"no job server of Ray \(it does not speak HTTP\)"):
+            JobServer(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_a_cluster_of_another_ray_is_named_beside_ours() -> None:
