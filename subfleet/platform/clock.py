@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median
 
 from subfleet.platform.stretches import Stretch
 
@@ -69,18 +70,22 @@ def seconds_left(
 
 
 class TimeLeft:
-    """Seconds until the last round, from the pace of the most recent rounds of each phase.
+    """Seconds until the last round, from the median of the most recent rounds of each phase.
 
-    A phase of which no round is known goes by the mean of all rounds so far.
+    The first round of a phase says nothing of its others: ways of computing are tried out in it,
+    and networks compiled. So None comes until there is a second. A phase that is still to come
+    goes by the mean of all rounds so far but the very first.
 
     >>> left = TimeLeft([Stretch("train", 1, 10)], window=3)
-    >>> [left.update("train", second) for second in (9.0, 11.0, 13.0, 15.0)]
-    [81.0, 44.0, 30.333333333333332, 12.0]
+    >>> [left.update("train", second) for second in (9.0, 11.0, 13.0, 30.0)]
+    [None, 16.0, 14.0, 12.0]
     >>> left = TimeLeft([Stretch("warm-up", 1, 3), Stretch("search", 4, 4), Stretch("train", 5, 7)])
-    >>> left.update("warm-up", 2.0), left.update("warm-up", 4.0), left.update("warm-up", 6.0)
-    (12.0, 10.0, 8.0)
-    >>> left.update("search", 16.0), left.update("train", 17.0)  # 3 rounds of 4 s; 2 of 1 s
-    (12.0, 2.0)
+    >>> left.update("warm-up", 9.0), left.update("warm-up", 11.0), left.update("warm-up", 13.0)
+    (None, 10.0, 8.0)
+    >>> left.update("search", 27.0), left.update("train", 37.0)  # 3 rounds of (2 + 2 + 14) / 3 s
+    (18.0, None)
+    >>> left.update("train", 38.0)
+    1.0
     """
 
     def __init__(
@@ -92,38 +97,55 @@ class TimeLeft:
         for name, first, last in phases:
             rounds = max(0, last - max(first - 1, done))
             self._left[name] = self._left.get(name, 0) + rounds
-        self._recent: dict[str, deque[float]] = {}
+        self._recent: dict[str, deque[float]] = {}  # without the first of each phase
         self._rounds = 0
-        self._started_s = self._round_s = now
+        self._counted_s = self._round_s = now  # the end of the first round, and of the last
 
-    def update(self, phase: str, now: float) -> float:
+    def update(self, phase: str, now: float) -> float | None:
         """One more round, of `phase`, is done at second `now`."""
-        recent = self._recent.setdefault(phase, deque(maxlen=self._window))
-        recent.append(now - self._round_s)
-        self._round_s = now
+        if phase in self._recent:
+            self._recent[phase].append(now - self._round_s)
+        else:
+            self._recent[phase] = deque(maxlen=self._window)
+        if not self._rounds:
+            self._counted_s = now
         self._rounds += 1
+        self._round_s = now
         self._left[phase] = max(0, self._left.get(phase, 0) - 1)
-        mean = (now - self._started_s) / self._rounds
-        return seconds_left(self._left, self._paces(), mean)
+        return self._seconds(phase, self._left, self._paces())
 
     def within(self, phase: str, share: float, now: float) -> float | None:
         """A `share` of the round that goes on, of `phase`, is done at second `now`.
 
-        The first round of a phase goes by itself. None while nothing is known at all.
+        The second round of a phase goes by itself, and so does an only one, if it is not the
+        very first.
 
-        >>> left = TimeLeft([Stretch("search", 1, 1), Stretch("train", 2, 3)])
-        >>> left.within("search", 0.0, 5.0), left.within("search", 0.25, 10.0)  # 30 s, 2 of 40 s
-        (None, 110.0)
+        >>> left = TimeLeft([Stretch("train", 1, 3), Stretch("search", 4, 4)])
+        >>> left.within("train", 0.5, 20.0), left.update("train", 40.0)
+        (None, None)
+        >>> left.within("train", 0.25, 42.0)  # 6 s, one of 8 s, and another phase as long
+        22.0
         """
-        paces = self._paces()
-        if share > 0:
+        paces, left = self._paces(), self._left.get(phase, 0)
+        known = phase in self._recent or (self._rounds > 0 and left == 1)
+        if share > 0 and known:
             paces.setdefault(phase, (now - self._round_s) / share)
-        if not paces:
+        return self._seconds(phase, self._left | {phase: max(0.0, left - share)}, paces)
+
+    def _seconds(
+        self, phase: str, left: Mapping[str, float], paces: Mapping[str, float]
+    ) -> float | None:
+        if not any(left.values()):
+            return 0.0
+        if left[phase] and phase not in paces:
             return None
-        known = self._round_s - self._started_s
-        mean = known / self._rounds if self._rounds else paces[phase]
-        left = self._left | {phase: max(0.0, self._left.get(phase, 0) - share)}
+        if self._rounds > 1:
+            mean = (self._round_s - self._counted_s) / (self._rounds - 1)
+        elif phase in paces:
+            mean = paces[phase]
+        else:
+            return None
         return seconds_left(left, paces, mean)
 
     def _paces(self) -> dict[str, float]:
-        return {name: sum(recent) / len(recent) for name, recent in self._recent.items()}
+        return {name: median(recent) for name, recent in self._recent.items() if recent}

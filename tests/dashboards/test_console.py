@@ -38,7 +38,7 @@ def test_plain_lines_without_a_terminal():
     play(ConsoleProgress(40, out), 40)
     lines = out.file.getvalue().splitlines()
     assert len(lines) == 2  # the first and, since no five seconds passed, the last
-    assert lines[0].startswith("round 1/40  loss 1.000  clients/s 12.3  ")
+    assert lines[0] == "round 1/40  loss 1.000  clients/s 12.3"
     assert lines[1].startswith("round 40/40  acc 0.500  loss 0.025  clients/s 12.3  0s left")
     assert all("\x1b" not in line for line in lines)
 
@@ -179,10 +179,10 @@ def test_several_phases_are_named_and_each_goes_at_its_own_pace(clock):
     rounds_of(progress, clock, (3,), 20)
     rounds_of(progress, clock, (4, 5, 6), 10)
     assert out.file.getvalue().splitlines() == [
-        "warm-up  round 1/6  10s left",
+        "warm-up  round 1/6",
         "warm-up  round 2/6  8s left",
-        "search  round 3/6  24s left",  # three rounds of (2 + 2 + 20) / 3
-        "train  round 4/6  20s left",
+        "search  round 3/6  33s left",  # three rounds of (2 + 20) / 2
+        "train  round 4/6",
         "train  round 5/6  10s left",
         "train  round 6/6  0s left",
     ]
@@ -199,7 +199,8 @@ def test_one_phase_is_not_named_however_often_it_comes_back():
 def test_a_long_round_says_every_few_seconds_how_many_clients_are_done(clock):
     out = console(terminal=False)
     progress = ConsoleProgress(6, out)
-    progress.on_start({"rounds": 6, "start": 2, "phases": PHASES})
+    progress.on_start({"rounds": 6, "start": 1, "phases": PHASES})
+    progress.on_round({"round": 2}, {})
     progress.on_progress(0, 8, "train")
     for done in range(1, 9):
         clock.now += 3
@@ -207,11 +208,28 @@ def test_a_long_round_says_every_few_seconds_how_many_clients_are_done(clock):
     clock.now += 1
     progress.on_round({"round": 3}, {})
     assert out.file.getvalue().splitlines() == [
+        "warm-up  round 2/6",
         "search  round 3/6  2/8 clients  1m30s left",  # 18 s of this round, 3 rounds of 24 s
         "search  round 3/6  4/8 clients  1m24s left",
         "search  round 3/6  6/8 clients  1m18s left",
         "search  round 3/6  8/8 clients  1m12s left",
     ]
+
+
+def test_of_the_first_round_of_a_process_no_time_is_told(clock):
+    """It tries out ways of computing, or compiles: it once promised hours for minutes."""
+    out = console(terminal=False)
+    progress = ConsoleProgress(400, out)
+    progress.on_start({"rounds": 400, "start": 85})
+    clock.now += 30
+    progress.on_progress(4, 10)
+    clock.now += 30
+    progress.on_round({"round": 86}, {})
+    assert "left" not in out.file.getvalue() and "4/10 clients" in out.file.getvalue()
+    for number in (87, 88):
+        clock.now += 3
+        progress.on_round({"round": number}, {})
+    assert out.file.getvalue().splitlines()[-1] == "round 88/400  15m36s left"  # 312 of 3 s
 
 
 def test_short_rounds_say_nothing_of_their_clients(clock):
