@@ -133,7 +133,7 @@ def run(
         restarts=restarts,
         progress=stderr(),
     )
-    print_end(finished.tiers, finished.path)
+    print_end(finished.tiers, finished.path, summary=finished.summary)
 
 
 @app.command()

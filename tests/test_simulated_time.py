@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -99,6 +100,27 @@ def test_a_run_says_what_its_devices_took(tmp_path: Path) -> None:
     assert run.summary["total_sim_seconds"] == pytest.approx(times[-1])
     status = run.clients().to_pydict()["status"]
     assert status.count("ok") == 16 and status.count("late") == 8
+
+
+def test_a_run_shows_its_devices_time_and_warns_once_that_nobody_arrives(tmp_path: Path) -> None:
+    changed = {"fleet.device": {"flops_per_s": 1e6, "joules_per_flop": 1e-3}}
+    path = write(tmp_path, **changed, **{"run.deadline": 0.01, "run.rounds": 2})
+    arguments = ["run", str(path), "--local", "--out", str(tmp_path / "late")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert said.count("warning: round ") == 1
+    assert "round 1: none of 4 clients arrived by run.deadline = 0.01" in said
+    fastest = re.search(r"the fastest needs (\S+) simulated seconds", said)
+    assert fastest is not None
+    assert "round 2/2" in said and "sim 0s 4 late" in said
+    line = done.stdout.splitlines()[-2]
+    assert line.startswith("simulated: 0s, 8 clients late, 0 dropped, ") and line.endswith(" J")
+    # What it names is enough for one.
+    later = ["--set", f"run.deadline={float(fastest[1]) * 1.01}", "--set", "run.rounds=1"]
+    arguments[-1] = str(tmp_path / "enough")
+    done = CliRunner().invoke(app, [*arguments, *later])
+    assert done.exit_code == 0 and "arrived" not in done.stderr, done.stderr
 
 
 def test_deadlines_without_devices_are_doubted(tmp_path: Path) -> None:

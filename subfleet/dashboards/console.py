@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 class LoggedWarnings:
-    """An `Observer` for runs that nobody watches: logs the warnings, and notes as info."""
+    """An `Observer` for runs that nobody watches: logs the warnings, and other notes as info."""
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Log `info["warnings"]`."""
@@ -49,8 +49,9 @@ class LoggedWarnings:
             logging.getLogger("subfleet").warning(warning)
 
     def on_note(self, text: str) -> None:
-        """Log the note."""
-        logging.getLogger("subfleet").info(text)
+        """Log the note, which may be a warning."""
+        level = logging.WARNING if text.startswith("warning: ") else logging.INFO
+        logging.getLogger("subfleet").log(level, text.removeprefix("warning: "))
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Nothing to say."""
@@ -211,6 +212,10 @@ class ConsoleProgress:
         ):
             if key in self._last:
                 parts.append(f"{name} {self._last[key]:{form}}")
+        if "sim_time" in self._last:
+            parts.append(f"sim {duration(self._last['sim_time'])}")
+            lost = {key: self._last.get(key, 0) for key in ("late", "dropped")}
+            parts += [f"{count} {key}" for key, count in lost.items() if count]
         if self._left_s is not None:
             parts.append(f"{duration(self._left_s)} left")
         return "  ".join(parts)
@@ -293,10 +298,36 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
+def simulated(summary: Mapping[str, Any]) -> str:
+    """What a run took on its devices, in words; "" where they have no profile.
+
+    >>> simulated({"total_sim_seconds": 7262.0, "total_late": 12, "total_dropped": 3})
+    'simulated: 2h01m, 12 clients late, 3 dropped'
+    >>> simulated({"total_sim_seconds": 9.0, "total_energy_j": 1234.5})
+    'simulated: 9s, 0 clients late, 0 dropped, 1,234.5 J'
+    """
+    if "total_sim_seconds" not in summary:
+        return ""
+    late, dropped = summary.get("total_late", 0), summary.get("total_dropped", 0)
+    words = f"{duration(summary['total_sim_seconds'])}, {late:,} clients late, {dropped:,} dropped"
+    if "total_energy_j" in summary:
+        words += f", {summary['total_energy_j']:,.1f} J"
+    return f"simulated: {words}"
+
+
 def print_end(
-    rows: Iterable[Mapping[str, Any]], run_folder: object, console: Console | None = None
+    rows: Iterable[Mapping[str, Any]],
+    run_folder: object,
+    console: Console | None = None,
+    *,
+    summary: Mapping[str, Any] | None = None,
 ) -> None:
-    """The final table, then the run folder alone on the last line of stdout, never wrapped."""
+    """The final table, then the run folder alone on the last line of stdout, never wrapped.
+
+    With a `summary` a line between them says what the run took on the fleet's devices.
+    """
     console = console or Console()
     console.print(final_table(rows))
+    if words := simulated(summary or {}):
+        console.print(words, soft_wrap=True, markup=False, highlight=False)
     console.print(str(run_folder), soft_wrap=True, markup=False, highlight=False)

@@ -46,7 +46,7 @@ from subfleet.platform.metrics import (
 from subfleet.platform.record import EngineRecord
 from subfleet.platform.roster import Roster
 from subfleet.platform.runfolder import RunFolder
-from subfleet.platform.simulated import simulate
+from subfleet.platform.simulated import Outcome, simulate
 from subfleet.platform.stretches import stretches
 from subfleet.platform.tracefiles import TraceFiles
 from subfleet.platform.tuner import Tuner
@@ -84,6 +84,7 @@ class Rounds:
         self._saved = 0  # the round of the newest checkpoint
         self._settled = False  # whether the state is that of `done` whole rounds
         self._stopping = False
+        self._warned = False  # that nobody arrived
 
     @property
     def kept(self) -> KeptStore:
@@ -217,6 +218,8 @@ class Rounds:
             at = {"time": self.sim_time, "wait": wait, "wanted": wanted}
             outcome = simulate(self.job, phase, planned, round, **at)
             plan = outcome.arriving(planned) if outcome else planned
+            if outcome and not plan.tasks:
+                self._warn_of_nobody(round, outcome)
         bundles, results, reduced, narrowed = self.hosts.train(phase, plan, round, measured)
         self._refuse_nan(round, results)
         with self.clock.phase("server"):
@@ -255,6 +258,12 @@ class Rounds:
             self.mean_cost = mean_cost(rows)
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
+
+    def _warn_of_nobody(self, round: int, outcome: Outcome) -> None:
+        """Once: it may be the same in every round."""
+        if not self._warned:
+            self._warned = True
+            tell(self.observers, f"warning: round {round}: {outcome.nobody(self.options.deadline)}")
 
     def _upcoming(self, round: int) -> Upcoming:
         """What the clients of a round will read, those of a tier, and so of a bundle, together."""

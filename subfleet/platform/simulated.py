@@ -177,6 +177,23 @@ class Outcome:
         """From the end of the round before to the end of this one."""
         return self.wait + self.ends.seconds
 
+    def nobody(self, deadline: float | None) -> str | None:
+        """In words, that no client arrived, and why; None where one did."""
+        clients, fastest = len(self.takes), float(self.takes.min())
+        if (self.ends.status == "ok").any():
+            return None
+        if deadline is not None and fastest > deadline:
+            return (
+                f"none of {clients} clients arrived by run.deadline = {deadline:g}, and the model "
+                f"stays as it was: the fastest needs {fastest:.3g} simulated seconds; set a later "
+                "run.deadline, or give clients less to do"
+            )
+        lost = int(np.isin(self.ends.status, DROPPED).sum())
+        return (
+            f"none of {clients} clients arrived, and the model stays as it was: {lost} failed or "
+            f"left, {clients - lost} were late; look at failure_rate, available and run.deadline"
+        )
+
     def arriving(self, plan: RoundPlan) -> RoundPlan:
         """The plan of those alone who count."""
         ok = self.ends.status == "ok"
