@@ -105,7 +105,7 @@ def run(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run one experiment; the last line printed is the run folder's path.
+    """Run one experiment. The last line printed is the run folder's path.
 
     \b
     Examples:
@@ -192,7 +192,10 @@ def demo(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Train sub-networks on 1,000 synthetic clients in three tiers, in a minute or two."""
+    """Train sub-networks on 1,000 synthetic clients in three tiers.
+
+    It takes a minute or two.
+    """
     loading(always=True)
     from subfleet.demo import demo as run_demo
 

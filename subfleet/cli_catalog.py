@@ -36,7 +36,7 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 def algorithms(
     name: AlgorithmName = None, as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
-    """List the algorithms with their papers and options, or describe one of them.
+    """List the algorithms with their papers, or describe one.
 
     \b
     Examples:

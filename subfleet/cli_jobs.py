@@ -17,7 +17,15 @@ from subfleet.core.errors import InputError, RunFailed
 ADDRESS = "http://127.0.0.1:8265"
 
 jobs_app = typer.Typer(
-    help="Look after the jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+    help="""Look after the jobs of a Ray cluster.
+
+    \b
+    Examples:
+      subfleet jobs list --address http://head:8265
+      subfleet jobs logs subfleet-1a2b3c4d --follow
+    """,
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 AddressOption = Annotated[
     str,
@@ -70,11 +78,13 @@ def submit(
     ] = True,
     debug: DebugOption = False,
 ) -> None:
-    """Submit an experiment to a Ray cluster; ends with the job's own exit status.
+    """Submit an experiment to a Ray cluster as a job.
 
     This package and the modules of your own that the experiment names are sent along. Paths in
-    the experiment are those of the cluster. With --no-wait the last line printed is the job's
-    id, else the run folder's path.
+    the experiment are those of the cluster, whose token must be here too, in ~/.ray/auth_token or
+    RAY_AUTH_TOKEN. The command ends with the job's own exit status. With --no-wait the last line
+    printed is the job's id, else the run folder's path. Submitted again with the same --out, a run
+    goes on from its newest checkpoint.
 
     \b
     Examples:

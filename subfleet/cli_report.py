@@ -30,9 +30,10 @@ def report(
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="The page's title.")] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Write one self-contained HTML page that compares runs; runs of several seeds are averaged.
+    """Write one self-contained HTML page that compares runs.
 
-    Runs that go on, crashed, or are of another version take part, and are marked as what they are.
+    Runs of several seeds are averaged. Runs that go on, crashed, or are of another version take
+    part, and are marked as what they are.
 
     \b
     Examples:

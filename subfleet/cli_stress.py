@@ -72,11 +72,11 @@ def stress(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure rounds of more and more synthetic clients, and name what gives out first.
+    """Measure rounds of more and more clients: what gives out first?
 
-    Each rung is a run of its own processes, with little training, so that what is around it
-    shows. A rung that fails says why and the ladder goes on; the status is 1 if none ended well.
-    Memory is that of this machine.
+    The clients are synthetic. Each rung is a run of its own processes, with little training, so
+    that what is around it shows. A rung that fails says why and the ladder goes on; the status is
+    1 if none ended well. Memory is that of this machine.
 
     \b
     Examples:

@@ -180,7 +180,8 @@ def find_source(
     if not path.exists():
         raise InputError(
             f"data.source = {str(path)!r} does not exist; give the folder of {reader.name}'s "
-            "files, e.g. --set data.source=/path/to/them"
+            "files, a path on the machine that runs the experiment, e.g. --set "
+            "data.source=/path/to/them"
         )
     return path
 
