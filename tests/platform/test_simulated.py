@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from subfleet.algorithms import STC, FedAvg, FedPA
 from subfleet.core.errors import InputError
 from subfleet.core.program import Stream
+from subfleet.dashboards.console import LoggedWarnings
 from subfleet.platform.job import Job
 from subfleet.platform.metrics import ClientsLog, read_metrics
 from subfleet.platform.roster import Roster
@@ -260,6 +261,17 @@ def test_failures_are_counted_at_their_rate_and_charged(tmp_path: Path) -> None:
         assert 0 < row["sim_seconds"] < (184.0 if row["tier"] == "w1.0" else 91.5)
         assert row["flops"] < 2208 or row["bytes_up"] < 428
     assert all(r["drop_rate"] == r["dropped"] / 8 for r in found)
+
+
+def test_a_round_in_which_everybody_fails_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toys.run(
+        job(FAST | {"failure_rate": 1}, rounds=2), tmp_path / "run", observers=(LoggedWarnings(),)
+    )
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said.startswith("round 1: none of 8 clients arrived, and the model stays as it was: ")
+    assert "8 failed or left, 0 were late" in said
 
 
 def test_only_clients_in_their_window_are_asked_and_time_goes_on_to_it(tmp_path: Path) -> None:
