@@ -57,6 +57,27 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "accuracy/local_worst10",
     ),
     Column(
+        "acc_local_tier",
+        "dict of float",
+        "0–1",
+        "`acc_local` of the clients of each tier, by tier.",
+        "accuracy/local_tier",
+    ),
+    Column(
+        "acc_local_sd_tier",
+        "dict of float",
+        "0–1",
+        "`acc_local_sd` of the clients of each tier, by tier.",
+        "accuracy/local_sd_tier",
+    ),
+    Column(
+        "acc_local_worst10_tier",
+        "dict of float",
+        "0–1",
+        "`acc_local_worst10` of the clients of each tier, by tier.",
+        "accuracy/local_worst10_tier",
+    ),
+    Column(
         "acc_tier",
         "dict of float",
         "0–1",
@@ -159,6 +180,13 @@ METRICS_COLUMNS: tuple[Column, ...] = (
         "clients/s",
         "Clients trained for each second of wall-clock time of the round.",
         "platform/clients_per_s",
+    ),
+    Column(
+        "memory",
+        "int",
+        "bytes",
+        "Resident memory, when the round was over, of the process that runs the rounds.",
+        "platform/memory",
     ),
     Column(
         "coverage_min",

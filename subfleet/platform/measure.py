@@ -84,17 +84,29 @@ def client_columns(
     return columns
 
 
-def local_accuracy(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean, sample sd and worst tenth of clients' own accuracy before merging.
+def local_accuracy(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Mean, sample sd and worst tenth of clients' own accuracy before merging, also by tier.
 
-    >>> one = local_accuracy({"acc_local": np.array([0.5, 1.0, np.nan])})
+    >>> tiers = np.array(["high", "low", "low"])
+    >>> one = local_accuracy({"acc_local": np.array([0.5, 1.0, np.nan]), "tier": tiers})
     >>> one["acc_local"], round(one["acc_local_sd"], 4), one["acc_local_worst10"]
     (0.75, 0.3536, 0.5)
+    >>> one["acc_local_tier"]
+    {'high': 0.5, 'low': 1.0}
     """
-    known = columns["acc_local"][~np.isnan(columns["acc_local"])]
-    if not len(known):
+    known = ~np.isnan(columns["acc_local"])
+    if not known.any():
         return {}
-    return {"acc_local": float(np.sort(known).mean())} | _spread("acc_local", known)
+    accuracy, tiers = columns["acc_local"][known], columns["tier"][known]
+    found: dict[str, Any] = _local(accuracy)
+    by_tier = {tier: _local(accuracy[tiers == tier]) for tier in np.unique(tiers).tolist()}
+    return found | {
+        f"{key}_tier": {tier: values[key] for tier, values in by_tier.items()} for key in found
+    }
+
+
+def _local(accuracy: np.ndarray) -> dict[str, float]:
+    return {"acc_local": float(np.sort(accuracy).mean())} | _spread("acc_local", accuracy)
 
 
 def _spread(name: str, accuracy: np.ndarray) -> dict[str, float]:
@@ -141,14 +153,17 @@ def round_record(
     columns: dict[str, np.ndarray],
     *,
     phase: str,
-    local: Mapping[str, float] | None,
+    local: Mapping[str, Any] | None,
     evaluated: Evaluated | None,
     coverage: Mapping[str, np.ndarray],
     retries: int,
     trained_s: float,
     out_of_memory: int = 0,
 ) -> dict[str, Any]:
-    """One line of `metrics.jsonl` but its `seconds`; takes `bytes_map` out of the columns."""
+    """One line of `metrics.jsonl` but its `seconds`; takes `bytes_map` out of the columns.
+
+    `coverage` is what `coverage_counts` says.
+    """
     merged = columns["status"] == OK
     trained = np.isin(columns["status"], (OK, SKIPPED))
     samples = columns["num_samples"][merged]

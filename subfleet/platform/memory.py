@@ -1,8 +1,9 @@
-"""Memory of this process: keeping what it frees, and saying who ran out of it."""
+"""Memory of this process: how much, keeping what it frees, and saying who ran out of it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def charged_to(variant: str, device: str) -> Iterator[None]:
         if device == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemory(variant, device) from None
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, shared pages included."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def keep_freed_memory() -> None:

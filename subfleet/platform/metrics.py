@@ -35,7 +35,9 @@ class Observer(Protocol):
     bundles come in: clients that are trained ("train") or evaluated ("evaluate"), variants whose
     ways were tried out ("try"). It may be told often, and from 0 on again. With Ray it may have
     `on_hosts(alive, in_flight)`, which hears every few seconds, and with each bundle, how many
-    hosts answer and how many bundles they have at hand.
+    hosts answer and how many bundles they have at hand. And
+    `on_clients(round, columns)` hears, before `on_round`, what `clients/` holds of the round:
+    equally long arrays by column name, without `round` itself.
 
     `info`: rounds (of the whole run), start (rounds already done, 0 unless
     resumed), phases (a `Stretch` of name, first and last round for each, in order),
@@ -78,6 +80,16 @@ def tell_hosts(observers: Iterable[Observer], alive: int, in_flight: int) -> Non
         hear = getattr(observer, "on_hosts", None)
         if hear is not None:
             hear(alive, in_flight)
+
+
+def tell_clients(
+    observers: Iterable[Observer], round: int, columns: Mapping[str, np.ndarray]
+) -> None:
+    """The rows of a round's clients, for those of the observers that look at single clients."""
+    for observer in observers:
+        hear = getattr(observer, "on_clients", None)
+        if hear is not None:
+            hear(round, columns)
 
 
 class MetricsLog:

@@ -35,6 +35,7 @@ from subfleet.platform.measure import (
     mean_cost,
     round_record,
 )
+from subfleet.platform.memory import resident
 from subfleet.platform.metrics import (
     ClientsLog,
     MetricsLog,
@@ -42,6 +43,7 @@ from subfleet.platform.metrics import (
     params_sha256,
     summarise,
     tell,
+    tell_clients,
 )
 from subfleet.platform.record import EngineRecord
 from subfleet.platform.roster import Roster
@@ -151,6 +153,7 @@ class Rounds:
             clients.add(record["round"], rows)
             metrics.append(record)
             self.done, self._settled = record["round"], True
+            tell_clients(self.observers, record["round"], rows)
             for observer in self.observers:
                 observer.on_round(record, coverage)
             reached, late = self._reached(record), self._out_of_time(started)
@@ -256,6 +259,7 @@ class Rounds:
             self._remember(round, bundles, results)
             self.sim_time = record.get("sim_time", self.sim_time)
             self.mean_cost = mean_cost(rows)
+        record["memory"] = resident()
         record["seconds"] = self.clock.take() | {"total": perf_counter() - started}
         return record, rows, coverage
 

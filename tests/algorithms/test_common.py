@@ -77,7 +77,7 @@ def rows(path):
 
 def records(path):
     """The rounds' records without what the clock says."""
-    timed = ("seconds", "clients_per_s")
+    timed = ("seconds", "clients_per_s", "memory")
     found = read_metrics(path / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in timed} for record in found]
 

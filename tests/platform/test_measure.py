@@ -123,23 +123,29 @@ def test_a_round_in_which_nobody_counts():
         phase="train",
         local=None,
         evaluated=None,
-        coverage={},
+        coverage={"conv": np.array([0, 0])},
         retries=0,
         trained_s=1.0,
     )
     assert math.isnan(record["loss_train"])
     assert record["clients"] == 0 and record["bytes_up"] == 40
-    assert "acc_global" not in record and "coverage_min" not in record
+    assert "acc_global" not in record
+    assert record["coverage_min"] == 0 and "keep" not in record  # a share of nobody
 
 
 def test_local_accuracy_by_hand():
     known = np.array([0.1, 0.9, 0.5, np.nan] + [1.0] * 17)  # 20 known: the worst two count
-    found = local_accuracy({"acc_local": known})
+    tiers = np.array(["high"] * 3 + ["low"] * 18)
+    found = local_accuracy({"acc_local": known, "tier": tiers})
     assert found["acc_local"] == pytest.approx(18.5 / 20)
     assert found["acc_local_sd"] == pytest.approx(np.nanstd(known, ddof=1))
     assert found["acc_local_worst10"] == pytest.approx((0.1 + 0.5) / 2)
-    assert local_accuracy({"acc_local": np.array([np.nan])}) == {}
-    assert local_accuracy({"acc_local": np.array([0.5])})["acc_local_sd"] == 0.0
+    assert found["acc_local_tier"] == {"high": pytest.approx(0.5), "low": 1.0}
+    assert found["acc_local_sd_tier"] == {"high": pytest.approx(0.4), "low": 0.0}
+    assert found["acc_local_worst10_tier"] == {"high": 0.1, "low": 1.0}  # one of 3, one of 17
+    one = {"acc_local": np.array([np.nan]), "tier": np.array(["high"])}
+    assert local_accuracy(one) == {}
+    assert local_accuracy(one | {"acc_local": np.array([0.5])})["acc_local_sd"] == 0.0
 
 
 def test_an_algorithm_says_itself_what_it_sends():

@@ -24,7 +24,7 @@ from subfleet.algorithms.local import cross_entropy
 from subfleet.core.errors import RunFailed
 from subfleet.core.program import Loss
 from subfleet.platform.host import Hosts
-from subfleet.platform.memory import OutOfMemory
+from subfleet.platform.memory import OutOfMemory, resident
 from subfleet.platform.metrics import read_metrics
 from subfleet.platform.ray_executor import RayExecutor
 from subfleet.platform.record import Choice, EngineRecord
@@ -44,6 +44,13 @@ def room(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_what_is_resident_is_known():
+    before = resident()
+    held = torch.ones(25 * MB)  # 100 MB
+    assert 90 * MB < resident() - before < 150 * MB
+    assert held[-1] == 1
 
 
 def greedy(net, params, batch, noise, inputs):

@@ -325,6 +325,30 @@ def test_an_observer_hears_of_what_is_tried_and_of_the_clients_that_are_evaluate
     ]
 
 
+class SeesClients(toys.StopAfter):
+    """An observer that remembers the rows of each round's clients."""
+
+    def __init__(self):
+        super().__init__(-1)
+        self.heard = []
+
+    def on_clients(self, round, columns):
+        self.heard.append((round, {name: list(values) for name, values in columns.items()}))
+
+    def on_round(self, record, coverage):
+        assert self.heard[-1][0] == record["round"]  # the clients come first
+
+
+def test_an_observer_sees_the_rows_that_are_written(tmp_path):
+    seen = SeesClients()
+    toys.run(toys.job(fedavg(rounds=2), data(), cohort=4), tmp_path / "run", observers=(seen,))
+    written = ClientsLog(tmp_path / "run" / "clients").read()
+    assert [round for round, _ in seen.heard] == [1, 2]
+    for name in ("client", "tier", "num_samples", "bytes_up", "status"):
+        heard = [value for _, columns in seen.heard for value in columns[name]]
+        assert heard == written[name].to_pylist() and len(heard) == 8
+
+
 def test_rows_of_clients_do_not_wait_for_the_end_without_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr("subfleet.platform.rounds.FLUSH_ROUNDS", 2)
     job = toys.job(fedavg(rounds=5), data(), checkpoint_every=0)

@@ -50,7 +50,10 @@ def job(*devices: dict[str, Any], algorithm: Any = FedPA, **options: Any) -> Job
 
 def records(path: Path) -> list[dict[str, Any]]:
     found = list(read_metrics(path / "metrics.jsonl"))
-    return [{k: v for k, v in r.items() if k not in ("seconds", "clients_per_s")} for r in found]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "clients_per_s", "memory")}
+        for r in found
+    ]
 
 
 def clients(path: Path, round: int | None = None) -> list[dict[str, Any]]:
