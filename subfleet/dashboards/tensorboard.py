@@ -1,22 +1,29 @@
-"""TensorBoard: every number of `metrics.jsonl`, coverage, hyper-parameters, the experiment."""
+"""TensorBoard: numbers and how they are laid out, pictures, histograms, settings of a run."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
+from subfleet.dashboards import tensorboard_values as values
+from subfleet.dashboards.eventfile import EventFile
+from subfleet.dashboards.heatmap import heat_map, stretched
 from subfleet.platform.columns import METRICS_COLUMNS
-from subfleet.platform.files import disk_guard, to_jsonable
+from subfleet.platform.files import to_jsonable
+from subfleet.platform.metrics import read_metrics
 
+# At most so many of each kind a run, and those of the last round.
+PICTURES, HISTOGRAMS = 10, 100
 _TAGS = {column.name: column.tag for column in METRICS_COLUMNS}
+_BARS = 128  # of a histogram of units, at most; TensorBoard shows 30
+_BINS = np.linspace(0.0, 1.0, 21)  # of accuracies
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -40,133 +47,144 @@ def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
         yield tag, float(value)
 
 
-class _EventFile:
-    """One event file, written at once and in whole steps.
-
-    TensorBoard's own writer hands over to a thread, where a full disk ends in a
-    traceback and half an event.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        # Generated modules, which type checkers cannot look into.
-        from tensorboard.compat.proto import event_pb2
-
-        proto: Any = event_pb2
-        folder.mkdir(parents=True, exist_ok=True)
-        # Readers take the files in the order of their names.
-        self._path = folder / f"events.out.tfevents.{time.time_ns() // 10**6:013d}"
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._size = 0
-        self._event = proto.Event
-        events = [proto.Event(wall_time=time.time(), file_version="brain.Event:2")]
-        if purge_step is not None:
-            start = proto.SessionLog(status=proto.SessionLog.START)
-            events.append(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
-        self._write(events)
-
-    def add(self, summaries: Iterable[Any], step: int) -> None:
-        """Write summaries of one step; all of them or, on a full disk, none."""
-        now = time.time()
-        self._write([self._event(wall_time=now, step=step, summary=part) for part in summaries])
-
-    def _write(self, events: list[Any]) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        buffer = io.BytesIO()
-        records = RecordWriter(buffer)
-        for event in events:
-            records.write(event.SerializeToString())
-        data = memoryview(buffer.getvalue())
-        with disk_guard(self._path, len(data)):
-            try:
-                at = self._size
-                while data:
-                    written = os.pwrite(self._handle, data, at)
-                    data, at = data[written:], at + written
-            except BaseException:
-                os.ftruncate(self._handle, self._size)
-                raise
-        self._size = at
-
-    def close(self) -> None:
-        """Make the events durable and close."""
-        os.fsync(self._handle)
-        os.close(self._handle)
-
-
 class TensorBoardWriter:
     """An `Observer` that writes event files into a folder.
 
-    On a resume whatever the events hold beyond the checkpoint is purged.
-    Nothing of TensorBoard is imported before `on_start`. A full disk raises
-    `RunFailed`.
+    On a resume whatever the events hold beyond the checkpoint is void. What is written
+    follows from the rounds alone, but for the times of events. Nothing of TensorBoard is
+    imported before `on_start`. A full disk raises `RunFailed`.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
-        self._events: _EventFile | None = None
-        self._config: dict[str, Any] = {}
+        self._events: EventFile | None = None
+        self._waiting: list[Any] = []  # what belongs to the round that is not told yet
+        self._kept: list[dict[str, float]] = []  # of each round from the first on
+        self._rounds = 1
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Open the event file and write the experiment as text."""
-        from torch.utils.tensorboard.summary import text
+        """Open the event file; write the experiment as text and as hyper-parameters."""
+        start, config = info.get("start", 0), info.get("config", {})
+        fleet = config.get("fleet", {})
+        simulated = any("device" in table for table in (fleet, *fleet.get("tiers", ())))
+        self._rounds = info.get("rounds", 1)
+        self._kept = list(_earlier(info)) if start else []
+        self._events = EventFile(self.folder, purge_step=start + 1 if start else None)
+        # Code, in Markdown.
+        indented = "".join(f"    {line}\n" for line in tomli_w.dumps(config).splitlines())
+        first = [
+            values.text("experiment", indented),
+            values.layout(simulated=simulated),
+            values.session_start(dict(settings(config)), time.time()),
+        ]
+        self._events.add(first, start)
 
-        start = info.get("start", 0)
-        self._config = info.get("config", {})
-        self._events = _EventFile(self.folder, purge_step=start + 1 if start else None)
-        config = json.dumps(to_jsonable(self._config), indent=2)
-        indented = "\n".join("    " + line for line in config.splitlines())  # code, in Markdown
-        self._events.add([text("experiment", indented)], start)
+    def on_clients(self, round: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Keep how clients' accuracy before merging is spread, where it was measured."""
+        del round
+        self._waiting = list(_spread(columns))
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
-        """Write the round's scalars, and for each unit group how many clients trained each unit."""
-        from torch.utils.tensorboard.summary import scalar
-
+        """Write the round: its numbers, who trained which unit, and now and then pictures."""
         assert self._events is not None, "on_start first"
-        parts = [scalar(tag, value) for tag, value in scalars(record)]
-        parts += [_coverage(group, np.asarray(counts)) for group, counts in coverage.items()]
-        self._events.add(parts, record["round"])
+        parts, self._waiting = self._waiting, []
+        parts += [values.scalar(tag, value) for tag, value in scalars(record)]
+        self._kept.append(record.get("keep") or {})
+        round, clients = record["round"], record.get("clients")
+        if self._due(round, HISTOGRAMS):
+            parts += [_trained(group, counts) for group, counts in coverage.items()]
+        if clients and self._due(round, PICTURES):
+            shares = {group: counts / clients for group, counts in coverage.items()}
+            parts += self._pictures(round, shares)
+        self._events.add(parts, round)
+
+    def _due(self, round: int, times: int) -> bool:
+        return round % math.ceil(self._rounds / times) == 0 or round == self._rounds
+
+    def _pictures(self, round: int, shares: Mapping[str, np.ndarray]) -> Iterator[Any]:
+        groups = list(dict.fromkeys(group for kept in self._kept for group in kept))
+        if groups:
+            rows = {
+                group: np.array([kept.get(group, np.nan) for kept in self._kept])
+                for group in groups
+            }
+            first = round - len(self._kept) + 1
+            drawn = heat_map(
+                rows,
+                title="share of clients that trained a unit, mean",
+                first=f"round {first}",
+                last=f"round {round}",
+            )
+            yield values.picture("heatmap/coverage", drawn)
+        if shares:
+            drawn = heat_map(
+                {f"{group} ({len(units)})": units for group, units in shares.items()},
+                title="share of clients that trained each unit",
+                first="first unit",
+                last="last unit",
+            )
+            yield values.picture("heatmap/keep_ratio", drawn)
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Write the final metrics beside the hyper-parameters and close."""
-        from torch.utils.tensorboard.summary import hparams, scalar
-
+        """Write what only the summary knows, beside the hyper-parameters, and close."""
         if self._events is None:
             return
         events, self._events = self._events, None
-        final = dict(_numbers("final", to_jsonable(summary)))
-        parts = [scalar(tag, value) for tag, value in final.items()]
-        parts += hparams(dict(_flat(self._config)), dict.fromkeys(final, 0.0))
+        own = {key: value for key, value in to_jsonable(summary).items() if key not in _TAGS}
+        own.pop("finished", None)
+        parts = [values.scalar(tag, value) for tag, value in _numbers("final", own)]
+        if summary.get("finished"):  # else it may be gone on with
+            parts.append(values.session_end(time.time()))
         try:
             events.add(parts, summary.get("rounds", 0))
         finally:
             events.close()
 
 
-def _coverage(group: str, counts_C: np.ndarray) -> Any:
-    """Units along the axis, clients as heights.
+def _earlier(info: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """The column `keep` of the rounds before a resume."""
+    path = Path(info.get("run_folder", "")) / "metrics.jsonl"
+    if path.is_file():
+        for record in read_metrics(path):
+            if record["round"] <= info["start"]:
+                yield record.get("keep") or {}
 
-    A histogram of the counts themselves would not show which units went untrained.
+
+def _trained(group: str, counts_C: np.ndarray) -> Any:
+    """How many clients trained each unit: units along the axis, clients as heights."""
+    units = len(counts_C)
+    bars = min(units, _BARS)
+    edges = np.arange(bars + 1) * units // bars
+    return values.histogram(f"coverage/{group}", edges, stretched(counts_C, bars))
+
+
+def _spread(columns: Mapping[str, np.ndarray]) -> Iterator[Any]:
+    """Histograms of local accuracy: of all clients, and of each tier's."""
+    known = ~np.isnan(columns["acc_local"])
+    accuracy, tiers = columns["acc_local"][known], columns["tier"][known]
+    if len(accuracy):
+        yield values.histogram("clients/acc_local", _BINS, np.histogram(accuracy, _BINS)[0])
+    for tier in np.unique(tiers).tolist():
+        heights, _ = np.histogram(accuracy[tiers == tier], _BINS)
+        yield values.histogram(f"clients/acc_local/{tier}", _BINS, heights)
+
+
+def settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """An experiment's settings by dotted key: booleans, numbers and strings.
+
+    >>> fleet = {"tiers": [{"name": "high", "width": 1.0}, {"name": "low", "width": 0.5}]}
+    >>> dict(settings({"fleet": fleet, "run": {"seed": 3}, "train": {"milestones": [10, 20]}}))
+    {'fleet.tiers.high.width': 1.0, 'fleet.tiers.low.width': 0.5, 'run.seed': 3,
+     'train.milestones': '10, 20'}
     """
-    from torch.utils.tensorboard.summary import histogram_raw
-
-    units = np.arange(len(counts_C))
-    return histogram_raw(
-        f"coverage/{group}",
-        min=0,
-        max=len(counts_C),
-        num=int(counts_C.sum()),
-        sum=float((counts_C * units).sum()),
-        sum_squares=float((counts_C * units**2).sum()),
-        bucket_limits=(units + 1).tolist(),
-        bucket_counts=counts_C.tolist(),
-    )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            # Tables of a list are known by their names, where they have one.
+            named = {v.get("name", i): v for i, v in enumerate(value)}
+            value = {n: {k: v[k] for k in v if k != "name"} for n, v in named.items()}
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from settings(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
         else:
-            plain = isinstance(value, (bool, int, float, str))
-            yield prefix + key, value if plain else json.dumps(to_jsonable(value))
+            yield f"{prefix}{key}", value
