@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from subfleet.cli_catalog import algorithms
+from subfleet.cli_dashboard import dashboard
 from subfleet.cli_data import data_app
 from subfleet.cli_export import export
 from subfleet.cli_jobs import jobs_app, submit
@@ -38,6 +39,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.command("algorithms")(algorithms)
 app.command("export")(export)
+app.command("dashboard")(dashboard)
 app.command("submit")(submit)
 app.add_typer(jobs_app, name="jobs")
 app.command("stress")(stress)

@@ -109,7 +109,7 @@ def _next(folder: Path) -> list[str]:
     here = shutil.which("subfleet") is None and activate.exists()
     lines = [f". {activate}"] if here else []
     lines += [
-        f"tensorboard --logdir {folder}",
+        f"subfleet dashboard {folder}",
         "subfleet run examples/quickstart.toml --set algorithm.name=fedrolex",
         "subfleet models describe small_cnn --budget flops=100k",
     ]

@@ -19,6 +19,7 @@ OPTIONS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+PATIENCE_MS = 120_000  # a busy machine draws a page many times as slowly
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Opened:
 
     def ink(self, selector: str) -> list[float]:
         """For each element, the share of its pixels that are not of its commonest colour."""
-        return [ink(found.screenshot()) for found in self.page.locator(selector).all()]
+        return [ink(pixels) for pixels in self.pixels(selector)]
+
+    def pixels(self, selector: str, most: int | None = None) -> list[np.ndarray]:
+        """What is seen of each element, or the first ones: uint8 [height, width, RGB]."""
+        found = self.page.locator(selector).all()[:most]
+        return [pixels_of(element.screenshot()) for element in found]
 
     def overflow(self) -> int:
         """By how many pixels the page is wider than its window; 0 if one need not scroll."""
@@ -54,6 +60,7 @@ class Chromium:
     def open_page(self, url: str, width: int = 1280, height: int = 900) -> Opened:
         """The page of an address, `http:` or `file:`, once it is loaded; nothing is cached."""
         page = self._browser.new_context(viewport={"width": width, "height": height}).new_page()
+        page.set_default_timeout(PATIENCE_MS)
         opened = Opened(page)
         page.on("console", lambda said: _hear(opened.errors, said))
         page.on("pageerror", lambda error: opened.errors.append(f"uncaught: {error}"))
@@ -84,14 +91,26 @@ def chromium() -> Iterator[Chromium]:
             browser.close()
 
 
-def ink(png: bytes) -> float:
+def pixels_of(png: bytes) -> np.ndarray:
+    """A PNG file as uint8 [height, width, RGB]."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def ink(pixels: np.ndarray) -> float:
     """The share of a picture's pixels that are not of its commonest colour.
 
-    >>> picture = io.BytesIO()
-    >>> Image.fromarray(np.array([[0, 0], [0, 255]], np.uint8)).save(picture, "png")
-    >>> ink(picture.getvalue())
+    >>> ink(np.array([[[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [255, 0, 0]]]))
     0.25
     """
-    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3)
-    _, counts = np.unique(pixels, axis=0, return_counts=True)
-    return 1.0 - float(counts.max()) / len(pixels)
+    _, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return 1.0 - float(counts.max()) / counts.sum().item()
+
+
+def coloured(pixels: np.ndarray) -> float:
+    """The share of a picture's pixels that are of a strong colour, not of some grey.
+
+    >>> coloured(np.array([[[90, 90, 90], [255, 120, 0]]]))
+    0.5
+    """
+    spread = pixels.max(axis=2).astype(int) - pixels.min(axis=2)
+    return float((spread > 80).mean())
