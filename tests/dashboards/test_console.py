@@ -222,7 +222,7 @@ def test_of_the_first_round_of_a_process_no_time_is_told(clock):
     progress = ConsoleProgress(400, out)
     progress.on_start({"rounds": 400, "start": 85})
     clock.now += 30
-    progress.on_progress(4, 10)
+    progress.on_progress(4, 10, "train")
     clock.now += 30
     progress.on_round({"round": 86}, {})
     assert "left" not in out.file.getvalue() and "4/10 clients" in out.file.getvalue()
@@ -267,12 +267,16 @@ def test_a_round_says_what_it_does_before_and_after_its_training(clock):
         progress.on_progress(done, total, doing)
     clock.now += 10
     progress.on_round({"round": 1}, {})
-    progress.on_progress(0, 8, "train")
+    for doing, done, total in (("train", 4, 8), ("evaluate", 20, 40)):
+        clock.now += 10
+        progress.on_progress(done, total, doing)
     assert out.file.getvalue().splitlines() == [
         "round 1/2  1/3 variants tried out",
-        "round 1/2  4/8 clients  1m00s left",  # half of a round of 40 s, and one more
-        "round 1/2  evaluating 20/40 clients  30s left",
-        "round 1/2  40s left",
+        "round 1/2  4/8 clients",
+        "round 1/2  evaluating 20/40 clients",
+        "round 1/2",
+        "round 2/2  4/8 clients  10s left",  # half of a round of 20 s
+        "round 2/2  evaluating 20/40 clients  0s left",
     ]
 
 
@@ -290,7 +294,7 @@ def test_who_joins_a_run_knows_its_pace_and_its_last_values_at_once(clock, termi
     progress.on_round({"round": 5}, {})
     progress.close()
     text = out.file.getvalue()
-    assert "acc 0.250  loss 1.500  24s left" in text  # six rounds of 4 s
+    assert "acc 0.250  loss 1.500  30s left" in text  # six rounds of 5 s
     if not terminal:
         assert len(text.splitlines()) == 2
-        assert "round 5/10  acc 0.250  loss 1.500  33s left" in text  # five of (3 + 5 + 12) / 3
+        assert "round 5/10  acc 0.250  loss 1.500  42s left" in text  # five of (5 + 12) / 2
