@@ -69,7 +69,7 @@ class Commands:
         self.processes: list[subprocess.Popen[str]] = []
         self.home = home
         # Some commands start in other folders; the package is importable there too.
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[1])
         self._variables = {"HOME": str(home), "RAY_AUTH_MODE": "token", "PYTHONPATH": root}
         # A cluster finds its `python` by PATH.
         self._variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
