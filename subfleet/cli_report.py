@@ -21,11 +21,17 @@ def report(
     ] = Path("report.html"),
     metric: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="The accuracy that is drawn against costs: acc_own, say."),
+        typer.Option(
+            metavar="KEY",
+            help="Draw this against costs; by default acc_global, acc_own or acc_local.",
+        ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(metavar="T", help="Compare the costs of reaching this accuracy, 0 to 1."),
+        typer.Option(
+            metavar="T",
+            help="Compare the costs of reaching this accuracy; by default what all reach.",
+        ),
     ] = None,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="The page's title.")] = None,
     debug: DebugOption = False,

@@ -73,7 +73,7 @@ def target_bars(groups: Sequence[Group], key: str, target: float) -> Picture | N
             row = {"group": group.label, "reached": costs["reached"], "of": costs["of"]}
             for name in AXES:
                 if name in costs:
-                    row |= {name: costs[name].mean, f"{name}_sd": costs[name].sd}
+                    row |= {name: costs[name].mean, f"{name}_sd": costs[name].known_sd}
             rows.append(row)
             if rounds is not None:
                 bar = {"color": COLOURS[place % len(COLOURS)], "alpha": 0.75}
@@ -98,7 +98,7 @@ def tier_bars(groups: Sequence[Group]) -> Picture | None:
             over = spread([tiers[tier] for tiers in last if tiers.get(tier) is not None])
             if over is not None:
                 row = {"group": group.label, "tier": tier, "accuracy": over.mean}
-                rows.append(row | {"sd": over.sd, "runs": over.count})
+                rows.append(row | {"sd": over.known_sd, "runs": over.count})
     title = "Global accuracy by tier"
     alt = f"{title}: each tier's sub-network of the last model, a bar a tier in each group."
     return _bars("tiers", title, alt, groups, rows, "accuracy", "sd")
@@ -107,13 +107,20 @@ def tier_bars(groups: Sequence[Group]) -> Picture | None:
 def fairness_bars(groups: Sequence[Group]) -> Picture | None:
     """Local accuracy of the worst tenth of clients, by tier."""
     rows = [
-        {"group": group.label, "tier": tier, **found._asdict()}
+        {
+            "group": group.label,
+            "tier": tier,
+            "worst10": over.mean,
+            "sd": over.known_sd,
+            "runs": over.count,
+        }
         for group in groups
         for tier, found in fairness_by_tier(group).items()
+        for over in [found["worst10"]]
     ]
     title = "Local accuracy of the worst tenth of clients, by tier"
-    alt = f"{title}: a bar a tier in each group; “all” is of all tested clients."
-    return _bars("worst10", title, alt, groups, rows, "worst10", None)
+    alt = f"{title}: a bar a tier in each group, mean and sd over runs."
+    return _bars("worst10", title, alt, groups, rows, "worst10", "sd")
 
 
 def _bars(
@@ -123,7 +130,7 @@ def _bars(
     groups: Sequence[Group],
     rows: Sequence[dict[str, Any]],
     key: str,
-    error: str | None,
+    error: str,
 ) -> Picture | None:
     """A bar a row, the rows of a group together, tiers told apart by hatching."""
     if not rows:
@@ -139,7 +146,7 @@ def _bars(
                 at,
                 [row[key] for row in mine],
                 thick,
-                xerr=[row[error] for row in mine] if error else None,
+                xerr=[row[error] or 0.0 for row in mine],
                 color=COLOURS[number % len(COLOURS)],
                 hatch=HATCHES[number % len(HATCHES)],
                 edgecolor="white",
@@ -196,7 +203,7 @@ def phase_bars(groups: Sequence[Group]) -> Picture | None:
         drawing.axes.set_xlabel("seconds a round")
         drawing.legend(columns=3)
     told = "; ".join(f"{label} {all:.3g} s" for label, all in zip(labels, left, strict=True))
-    title = "Time of a round, by part"
+    title = "Time of a round by part, means"
     return Picture("seconds", title, f"{title}, a bar a group: {told}.", drawing.svg, rows)
 
 

@@ -59,7 +59,7 @@ def distribution(groups: Sequence[Group]) -> Picture | None:
             )
         drawing.axes.set_xlabel("local accuracy")
         drawing.axes.set_ylabel("share of clients up to it")
-        drawing.axes.set_ylim(0, 1)
+        drawing.axes.set_ylim(0, 1.03)
         drawing.axes.grid()
         drawing.legend()
     if not rows:
@@ -86,7 +86,7 @@ def architectures(group: Group) -> Picture | None:
         {"client": c, "tier": t, **dict(zip(names, counts, strict=True))}
         for c, t, counts in zip(clients, tiers, kept, strict=True)
     ]
-    title = f"Sub-networks of clients: {group.label}"
+    title = f"Sub-networks of round {round}: {group.label}"
     alt = (
         f"Heat map for {run.label}, round {round}: the share of units kept in {len(names)} groups "
         f"by {len(clients)} clients, in order of tier; {share.mean():.2f} in the mean, "

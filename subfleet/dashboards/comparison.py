@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from subfleet.dashboards.read_runs import ReadRun
+from subfleet.dashboards.settings import settings
 from subfleet.platform.runfolder import flat
 from subfleet.platform.sameness import NOT_OF_THE_RESULT
 
@@ -60,13 +62,19 @@ class Spread(NamedTuple):
     sd: float
     count: int
 
+    @property
+    def known_sd(self) -> float | None:
+        """None of one value, which tells nothing of a spread."""
+        return self.sd if self.count > 1 else None
+
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and sample sd; None of nothing.
+    """Mean and sample sd of what is known; None of nothing.
 
     >>> spread([1.0, 3.0]), spread([])
     (Spread(mean=2.0, sd=1.4142135623730951, count=2), None)
     """
+    values = [value for value in values if not math.isnan(value)]
     if not values:
         return None
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -77,11 +85,11 @@ def grouped(runs: Sequence[ReadRun]) -> list[Group]:
     """Runs by experiment, in order of the first of each; labels say what differs."""
     members: dict[str, list[ReadRun]] = {}
     for run in runs:
-        settings = {key: value for key, value in flat(run.config).items() if key not in ALIKE}
+        table = {key: value for key, value in flat(run.config).items() if key not in ALIKE}
         # What cannot be read is nobody's equal.
-        key = json.dumps(settings, sort_keys=True, default=str) if settings else str(run.folder)
+        key = json.dumps(table, sort_keys=True, default=str) if table else str(run.folder)
         members.setdefault(key, []).append(run)
-    labels = _labels([group[0] for group in members.values()])
+    labels = _labels(list(members.values()))
     pairs = zip(labels, members.values(), strict=True)
     return [Group(label, tuple(group)) for label, group in pairs]
 
@@ -89,20 +97,33 @@ def grouped(runs: Sequence[ReadRun]) -> list[Group]:
 LONGEST = 48  # characters of a label that is made of settings
 
 
-def _labels(firsts: Sequence[ReadRun]) -> list[str]:
-    """By the settings that differ, if these are few, else by the runs' folders."""
-    if len(firsts) == 1:
-        return [firsts[0].config.get("algorithm", {}).get("name", firsts[0].label)]
+def _labels(groups: Sequence[Sequence[ReadRun]]) -> list[str]:
+    """By the settings that differ, if these are few, else by the first run's folder."""
+    firsts = [group[0] for group in groups]
+    folders = [
+        group[0].label + (f" +{len(group) - 1}" if len(group) > 1 else "") for group in groups
+    ]
+    if len(groups) == 1:
+        return [firsts[0].config.get("algorithm", {}).get("name", folders[0])]
     labels = []
-    for settings, run in zip(different([run.config for run in firsts]), firsts, strict=True):
-        named = [
-            str(value) if key == "algorithm.name" else f"{key.rpartition('.')[2]}={value}"
-            for key, value in settings.items()
-        ]
-        label = ", ".join(named)
-        labels.append(label if 0 < len(label) <= LONGEST else run.label)
-    repeated = len(set(labels)) < len(labels)
-    return [run.label for run in firsts] if repeated else labels
+    for varied, folder in zip(different([run.config for run in firsts]), folders, strict=True):
+        label = ", ".join(_named(key, value) for key, value in varied.items())
+        labels.append(label if 0 < len(label) <= LONGEST else folder)
+    return folders if len(set(labels)) < len(labels) else labels
+
+
+def _named(key: str, value: Any) -> str:
+    """A setting in a label.
+
+    >>> _named("algorithm.name", "fedpa"), _named("train.lr", 0.1)
+    ('fedpa', 'lr=0.1')
+    >>> _named("fleet.tiers.low.width", 0.5)
+    'low.width=0.5'
+    """
+    if key == "algorithm.name":
+        return str(value)
+    parts = key.split(".")
+    return f"{'.'.join(parts[2:] if parts[:2] == ['fleet', 'tiers'] else parts[-1:])}={value}"
 
 
 def different(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +132,7 @@ def different(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     >>> different([{"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 3}}])
     [{'a.y': 2}, {'a.y': 3}]
     """
-    flats = [flat(config) for config in configs]
+    flats = [dict(settings(config)) for config in configs]
     keys = [key for key in dict.fromkeys(itertools.chain(*flats)) if key not in ALIKE]
     varied = [k for k in keys if any(f.get(k) != flats[0].get(k) for f in flats)]
     return [{key: f[key] for key in varied if key in f} for f in flats]
@@ -162,10 +183,18 @@ AXES: dict[str, Axis] = {
 
 
 def curve(runs: Sequence[ReadRun], key: str, against: str = "rounds") -> Curve:
-    """A metric against an axis, round by round over the runs that have got so far."""
-    values = [(run.series(key), AXES[against].at(run)) for run in runs]
+    """A metric against an axis, round by round over the runs that have got so far.
+
+    Against a cost it ends where the first of the runs does: without it the mean cost of a round
+    would jump.
+    """
+    values = [(y, x) for run in runs if (y := run.series(key)) and (x := AXES[against].at(run))]
+    rounds = sorted(set().union(*(y for y, _ in values)))
+    if against != "rounds" and values:
+        shortest = min(max(y) for y, _ in values)
+        rounds = [round for round in rounds if round <= shortest]
     points = []
-    for round in sorted(set().union(*(y for y, _ in values))):
+    for round in rounds:
         both = [(x[round], y[round]) for y, x in values if round in y and round in x]
         if (over := spread([y for _, y in both])) is not None:
             points.append((statistics.fmean(x for x, _ in both), *over))
@@ -182,8 +211,12 @@ def best_metric(runs: Sequence[ReadRun]) -> str | None:
 
 
 def common_target(runs: Sequence[ReadRun], key: str) -> float | None:
-    """The highest whole per cent that every run with the metric reaches; None below 1 %."""
-    best = [max(values.values()) for run in runs if (values := run.series(key))]
+    """The highest whole per cent that every run with the metric reaches; None below 1 %.
+
+    Runs that have not finished do not count where others have.
+    """
+    done = [run for run in runs if run.state == "finished"] or runs
+    best = [max(values.values()) for run in done if (values := run.series(key))]
     return int(min(best) * 100 + 1e-9) / 100 or None if best else None
 
 
@@ -224,7 +257,7 @@ def last_measured(run: ReadRun) -> Measured | None:
 
 
 class Fairness(NamedTuple):
-    """Of clients' accuracies: how many, mean, sample sd, and mean of the worst tenth."""
+    """Of clients' accuracies: how many, mean, sample sd (NaN of one), mean of the worst tenth."""
 
     clients: int
     mean: float
@@ -239,22 +272,35 @@ def fairness(accuracy: np.ndarray) -> Fairness:
     Fairness(clients=2, mean=0.4, sd=0.282842712474619, worst10=0.2)
     """
     ordered = np.sort(accuracy)
-    sd = float(ordered.std(ddof=1)) if len(ordered) > 1 else 0.0
+    sd = float(ordered.std(ddof=1)) if len(ordered) > 1 else math.nan
     worst = float(ordered[: max(1, len(ordered) // 10)].mean())
     return Fairness(len(ordered), float(ordered.mean()), sd, worst)
 
 
-def fairness_by_tier(group: Group) -> dict[str, Fairness]:
-    """Of all tested clients of a group's runs, "all" first, then by tier in order of name."""
-    if not group.clients:
-        return {}
-    accuracy = np.concatenate([measured.accuracy for measured in group.clients])
-    tier = np.concatenate([measured.tier for measured in group.clients])
-    if not len(accuracy):
-        return {}
-    names = np.unique(tier).tolist()
-    by_tier = {name: fairness(accuracy[tier == name]) for name in names}
-    return {"all": fairness(accuracy)} | (by_tier if len(names) > 1 else {})
+ALL = "all clients"
+
+
+def fairness_by_tier(group: Group) -> dict[str, dict[str, Spread]]:
+    """The numbers of `Fairness`, each over the group's runs: `ALL` first, then by tier."""
+    found: dict[str, list[Fairness]] = {ALL: []}
+    for measured in group.clients:
+        names = np.unique(measured.tier).tolist()
+        if names:
+            found[ALL].append(fairness(measured.accuracy))
+        for name in names:
+            mine = measured.accuracy[measured.tier == name]
+            found.setdefault(name, []).append(fairness(mine))
+    if len(found) == 2:  # of one tier, which is all
+        found = {ALL: found[ALL]}
+    return {
+        tier: {
+            key: over
+            for key in Fairness._fields
+            if (over := spread([getattr(r, key) for r in runs]))
+        }
+        for tier, runs in found.items()
+        if runs
+    }
 
 
 # --- what else differs ---------------------------------------------------------------------------
@@ -278,11 +324,23 @@ def environments(runs: Sequence[ReadRun]) -> dict[str, list[Any]]:
 
 
 def data_sets(runs: Sequence[ReadRun]) -> list[str]:
-    """What the runs train on, each once: `cifar10, 100 clients`."""
+    """What the runs train on, each once, and what of `[data]` differs: `cifar10, 100 clients`."""
     found = []
-    for run in runs:
+    tables = different([{"data": run.config.get("data", {})} for run in runs])
+    for run, table in zip(runs, tables, strict=True):
         facts = run.environment.get("data") or {}
         name = facts.get("name") or run.config.get("data", {}).get("name", "unknown data")
         clients = facts.get("clients")
-        found.append(f"{name}, {clients:,} clients" if isinstance(clients, int) else str(name))
+        words = [str(name), *([f"{clients:,} clients"] if isinstance(clients, int) else [])]
+        left = {"data.name", "data.clients"}
+        words += [_named(key, value) for key, value in table.items() if key not in left]
+        found.append(", ".join(words))
     return list(dict.fromkeys(found))
+
+
+def repeated(group: Group) -> dict[int | None, list[str]]:
+    """Seeds that more than one run of a group has, and which runs."""
+    members: dict[int | None, list[str]] = {}
+    for run in group.runs:
+        members.setdefault(run.seed, []).append(run.label)
+    return {seed: labels for seed, labels in members.items() if len(labels) > 1}

@@ -68,10 +68,18 @@ def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     b'a,b\r\n1,\r\n2,"x,y"\r\n'
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(text)
+    writer.writerow(map(_inert, keys))
+    writer.writerows([_inert(row.get(key, "")) for key in keys] for row in rows)
+    return text.getvalue().encode(errors="replace")
+
+
+def _inert(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a name may be anything."""
+    return (
+        f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    )
 
 
 class Drawing:

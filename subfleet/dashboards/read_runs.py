@@ -20,6 +20,7 @@ from subfleet.core.errors import InputError
 from subfleet.platform.runfolder import RunFolder
 
 State = Literal["finished", "running", "stopped", "cut short"]
+_UNREADABLE = (OSError, pa.ArrowInvalid)
 DEEPEST = 3  # folders below a given one in which runs are looked for
 
 
@@ -58,7 +59,7 @@ class ReadRun:
     @cached_property
     def groups(self) -> dict[str, int]:
         """The super-network's unit groups and their sizes, in order."""
-        return (_json(self.folder.network) or {}).get("groups", {})
+        return _table(self.folder.network).get("groups", {})
 
     @cached_property
     def tiers(self) -> list[dict[str, Any]]:
@@ -67,8 +68,11 @@ class ReadRun:
 
     @cached_property
     def labels(self) -> pa.Table | None:
-        """`labels.parquet`, None where there is none."""
-        return pq.read_table(self.folder.labels) if self.folder.labels.is_file() else None
+        """`labels.parquet`, None where there is none that can be read."""
+        try:
+            return pq.read_table(self.folder.labels)
+        except _UNREADABLE:
+            return None
 
     def series(self, key: str) -> dict[int, float]:
         """The known values of a number of `metrics.jsonl`, by round."""
@@ -76,11 +80,14 @@ class ReadRun:
         return {round: float(value) for round, value in found if isinstance(value, int | float)}
 
     def clients(self, round: int) -> pa.Table:
-        """The rows of `clients/` of one round; no rows where they were not written."""
+        """The rows of `clients/` of one round; no rows where there are none that can be read."""
         for path in sorted(self.folder.clients.glob("part-*.parquet")):
             span = re.fullmatch(r"part-(\d+)-(\d+)\.parquet", path.name)
             if span and int(span[1]) <= round <= int(span[2]):
-                return pq.read_table(path, filters=[("round", "=", round)])
+                try:
+                    return pq.read_table(path, filters=[("round", "=", round)])
+                except _UNREADABLE:  # cut, or gone: a resume has just put another in its place
+                    break
         return pa.table({})
 
 
@@ -91,7 +98,7 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[ReadRun]:
     """
     if not paths:
         raise InputError("no runs: give the folders of some, or one that holds them")
-    found = list(dict.fromkeys(run.absolute() for path in paths for run in find_runs(Path(path))))
+    found = list(dict.fromkeys(run.resolve() for path in paths for run in find_runs(Path(path))))
     labels = short_names(found)
     return [_read(path, label) for path, label in zip(found, labels, strict=True)]
 
@@ -134,18 +141,21 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _read(path: Path, label: str) -> ReadRun:
     folder = RunFolder(path, "")
+    busy = folder.busy  # asked first: a run that ends meanwhile is then taken for a running one
     notes: list[str] = []
-    config, environment = {}, _json(folder.environment) or {}
+    config, environment = {}, _table(folder.environment)
     try:
-        config = tomllib.loads(folder.config.read_text())
+        tables = tomllib.loads(folder.config.read_text())
+        config = {key: table for key, table in tables.items() if isinstance(table, dict)}
     except (OSError, ValueError) as error:
         notes.append(f"config.toml cannot be read ({error})")
-    summary = _json(folder.summary) or {}
+    summary = _table(folder.summary)
     records = list(_records(folder.metrics, notes))
-    version = environment.get("packages", {}).get("subfleet")
+    notes += [f"{name} cannot be read and is left out" for name in _damaged(folder)]
+    version = (environment.get("packages") or {}).get("subfleet")
     if version != subfleet.__version__:
         notes.append(f"written by subfleet {version or 'of an unknown version'}")
-    state = _state(folder, summary, records)
+    state = "running" if busy else _state(summary, records)
     if state != "finished":
         done = records[-1]["round"] if records else 0
         planned = config.get("run", {}).get("rounds", "an unknown number of")
@@ -153,20 +163,26 @@ def _read(path: Path, label: str) -> ReadRun:
     return ReadRun(folder, label, state, config, environment, summary, records, tuple(notes))
 
 
+def _damaged(folder: RunFolder) -> Iterator[str]:
+    """Parquet files without their end, by name: a copy that was cut short, say."""
+    for path in (*sorted(folder.clients.glob("part-*.parquet")), folder.labels):
+        try:
+            if path.is_file():
+                pq.read_metadata(path)
+        except _UNREADABLE:
+            yield str(path.relative_to(folder.path))
+
+
 _WORDS = {
     "running": "still running",
     "stopped": "ended by its time limit",
-    "cut short": "crashed, or was interrupted",
+    "cut short": "crashed, was interrupted, or goes on on another machine",
 }
 
 
-def _state(
-    folder: RunFolder, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> State:
-    """A run that is going on holds its folder's lock; one that came to an end has a summary."""
-    if folder.busy:
-        return "running"
-    if summary and (not records or summary.get("rounds", 0) >= records[-1]["round"]):
+def _state(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> State:
+    """Of a run that nothing on this machine works at; one that came to its end has a summary."""
+    if summary and (not records or (summary.get("rounds") or 0) >= records[-1]["round"]):
         return "finished" if summary.get("finished", True) else "stopped"
     return "cut short"
 
@@ -179,19 +195,28 @@ def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     damaged = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
-            int(record["round"])
+            record: Any = json.loads(line)
+            known = isinstance(record["round"], int)
         except (ValueError, KeyError, TypeError):
+            known = False
+        if known:
+            yield record
+        else:
             damaged.append(number)
-            continue
-        yield record
     if damaged:
         lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
-        notes.append(f"metrics.jsonl: {lines} cannot be read and {_is(damaged)} left out")
+        notes.append(
+            f"metrics.jsonl: {lines} cannot be read and {_is(damaged)} left out, of sums, too"
+        )
 
 
 def _is(things: Sequence[Any]) -> str:
     return "is" if len(things) == 1 else "are"
+
+
+def _table(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _json(path: Path) -> Any | None:

@@ -21,6 +21,7 @@ from subfleet.dashboards.comparison import (
     common_target,
     data_sets,
     grouped,
+    repeated,
 )
 from subfleet.dashboards.drawing import Picture
 from subfleet.dashboards.read_runs import ReadRun, read_runs
@@ -80,9 +81,10 @@ def report(
     if target is not None and not 0 < target <= 1:
         raise InputError(f"--target {target:g}: is not between 0 and 1; give e.g. 0.6")
     say(f"drawing {len(runs)} run{'s' if len(runs) > 1 else ''} ...")
-    page = page_of(runs, metric=metric, target=target, title=title)
+    page = page_of(runs, metric=metric, target=target, title=title, say=say)
     try:
-        write_atomic(out, page.encode())
+        # Names of folders may be no text at all.
+        write_atomic(out, page.encode(errors="replace"))
     except OSError as error:
         raise InputError(
             f"-o {out}: cannot be written ({error.strerror}); give another file"
@@ -112,19 +114,24 @@ def page_of(
     metric: str | None,
     target: float | None = None,
     title: str | None = None,
+    say: Say = lambda text: None,
 ) -> str:
     """The page as HTML; whatever comes from the runs is escaped."""
     import jinja2
 
-    groups = grouped(runs)
+    groups, sections = grouped(runs), []
+    for part in _sections(groups, runs, metric, target):
+        if not part.empty:
+            sections.append(part)
+            say(f"drawn: {part.title}")
     source = (resources.files("subfleet.dashboards") / "report.html").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
         title=title or _title(groups),
         runs=runs,
         groups=groups,
-        flags=list(_flags(runs)),
-        sections=[part for part in _sections(groups, runs, metric, target) if not part.empty],
+        flags=list(_flags(runs, groups)),
+        sections=sections,
         version=subfleet.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -135,7 +142,7 @@ def _title(groups: Sequence[Group]) -> str:
     return f"Runs of {names}" + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
 
 
-def _flags(runs: Sequence[ReadRun]) -> Iterator[str]:
+def _flags(runs: Sequence[ReadRun], groups: Sequence[Group]) -> Iterator[str]:
     """What a reader has to know before comparing."""
     data = data_sets(runs)
     if len(data) > 1:
@@ -143,9 +150,16 @@ def _flags(runs: Sequence[ReadRun]) -> Iterator[str]:
             f"These runs train on different data ({'; '.join(data)}): their accuracies cannot be "
             "compared."
         )
+    for group in groups:
+        for seed, labels in repeated(group).items():
+            yield f"{group.label}: seed {seed} comes {len(labels)} times ({', '.join(labels)})."
+    common = {key for run in runs for key in charts.NAMES if run.series(key)}
     for run in runs:
         for note in run.notes:
             yield f"{run.label}: {note}."
+        lacks = [charts.NAMES[key] for key in charts.NAMES if key in common and not run.series(key)]
+        if lacks and run.records:
+            yield f"{run.label}: has no {', '.join(lacks)}, which other runs have."
 
 
 def _sections(
@@ -153,13 +167,17 @@ def _sections(
 ) -> Iterator[Section]:
     yield Section("results", "Results", _MEANS, [tables.summary_sheet(groups)])
     yield Section("accuracy", "Accuracy and cost", pictures=list(_curves(groups, metric)))
-    if metric is not None and target is None:
-        target = common_target(runs, metric)
+    chosen = False
+    if metric is not None and metric.startswith("acc"):
+        chosen = target is None
+        target = common_target(runs, metric) if chosen else target
+    else:
+        target = None  # what is better below is not reached
     if metric is not None and target is not None:
         yield Section(
             "target",
             f"To {charts.NAMES.get(metric, metric)} {target:g}",
-            "Means over the runs that get there.",
+            "Means over the runs that get there." + (_CHOSEN if chosen else ""),
             [tables.target_sheet(groups, metric, target)],
             _some(charts.target_bars(groups, metric, target)),
         )
@@ -195,6 +213,7 @@ _MEANS = (
     "Mean ± sample standard deviation over the runs of a group, which differ in their seed alone: "
     "the last known value of a metric, and costs of all rounds so far."
 )
+_CHOSEN = " No target was given: it is the highest whole per cent that all finished runs reach."
 _OF_FIRST = "Of each group's first run that has it."
 _NETWORKS = (charts_clients.architectures, charts_clients.coverage)
 
@@ -203,7 +222,7 @@ def _curves(groups: Sequence[Group], metric: str | None) -> Iterator[Picture]:
     keys = [key for key in charts.NAMES if key.startswith("acc")]
     if metric is not None and metric not in charts.NAMES:
         keys.append(metric)
-    drawn = [charts.curves(groups, key, "rounds") for key in (*keys, "loss_train")]
+    drawn = [charts.curves(groups, key, "rounds") for key in (*keys, "loss_train", "loss_global")]
     if metric is not None:
         drawn += [charts.curves(groups, metric, axis) for axis in AXES if axis != "rounds"]
     yield from _some(*drawn)

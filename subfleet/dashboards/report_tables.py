@@ -72,6 +72,10 @@ def _share(value: float) -> str:
     return f"{value:.3f}"
 
 
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
 def amount(value: float) -> str:
     """Three digits with a prefix of the SI.
 
@@ -89,9 +93,10 @@ def _of(key: str) -> Callable[[ReadRun], float | None]:
 
 
 _COLUMNS: tuple[_Column, ...] = (
-    _Column("rounds", lambda run: float(run.rounds), lambda value: f"{value:.4g}"),
+    _Column("rounds", lambda run: float(run.rounds) if run.records else None, _count),
     _Column("global accuracy", _of("acc_global"), _share),
     _Column("own accuracy", _of("acc_own"), _share),
+    _Column("own, worst tenth", _of("acc_own_worst10"), _share),
     _Column("local accuracy", _of("acc_local"), _share),
     _Column("worst tenth", _of("acc_local_worst10"), _share),
     _Column("sd over clients", _of("acc_local_sd"), _share),
@@ -108,13 +113,17 @@ def summary_sheet(groups: Sequence[Group]) -> Sheet:
     """A row a group: mean ± sample sd over its runs, of the last known values and of all costs."""
     rows, data = [], []
     for group in groups:
-        row = {"group": group.label, "runs": str(len(group.runs))}
+        open = sum(run.state != "finished" for run in group.runs)
+        row = {
+            "group": group.label,
+            "runs": f"{len(group.runs)}" + (f" ({open} unfinished)" * bool(open)),
+        }
         numbers: dict[str, Any] = {"group": group.label, "runs": len(group.runs)}
         for column in _COLUMNS:
             known = [value for run in group.runs if (value := column.value(run)) is not None]
             if (found := spread(known)) is not None:
                 row[column.heading] = plus_minus(found, column.form)
-                numbers |= {column.heading: found.mean, f"{column.heading} sd": found.sd}
+                numbers |= {column.heading: found.mean, f"{column.heading} sd": found.known_sd}
         rows.append(row)
         data.append(numbers)
     return Sheet("summary", "Results", _even(rows), data)
@@ -139,7 +148,7 @@ def _even(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 _COST_FORMS: dict[str, Callable[[float], str]] = {
-    "rounds": lambda value: f"{value:.4g}",
+    "rounds": _count,
     "bytes": amount,
     "flops": amount,
     "sim_time": duration,
@@ -157,7 +166,7 @@ def target_sheet(groups: Sequence[Group], key: str, target: float) -> Sheet:
         for name in AXES:
             if name in costs:
                 row[_TARGET_HEADINGS[name]] = plus_minus(costs[name], _COST_FORMS[name])
-                numbers |= {name: costs[name].mean, f"{name} sd": costs[name].sd}
+                numbers |= {name: costs[name].mean, f"{name} sd": costs[name].known_sd}
         rows.append(row)
         data.append(numbers)
     return Sheet("costs-to-target", f"Costs to {target:g}", rows, data)
@@ -173,24 +182,28 @@ _TARGET_HEADINGS = {
 
 
 def fairness_sheet(groups: Sequence[Group]) -> Sheet:
-    """A row a group and tier: clients, mean, sd and worst tenth of their local accuracy."""
-    data = [
-        {"group": group.label, "tier": tier, **found._asdict()}
-        for group in groups
-        for tier, found in fairness_by_tier(group).items()
-    ]
-    rows = [
-        {
-            "group": row["group"],
-            "tier": row["tier"],
-            "clients": f"{row['clients']:,}",
-            "mean": _share(row["mean"]),
-            "worst tenth": _share(row["worst10"]),
-            "sd": _share(row["sd"]),
-        }
-        for row in data
-    ]
+    """A row a group and tier: clients, mean, worst tenth and sd of their local accuracy."""
+    rows, data = [], []
+    for group in groups:
+        rounds = ", ".join(str(r) for r in dict.fromkeys(m.round for m in group.clients))
+        for tier, found in fairness_by_tier(group).items():
+            first = {"group": group.label, "tier": tier, "round": rounds}
+            rows.append(
+                first
+                | {"clients": plus_minus(found["clients"], _count)}
+                | {
+                    heading: plus_minus(found[key], _share) if key in found else "–"
+                    for key, heading in _FAIRNESS.items()
+                }
+            )
+            numbers = {key: over.mean for key, over in found.items()}
+            data.append(
+                first | numbers | {f"{key} sd": over.known_sd for key, over in found.items()}
+            )
     return Sheet("fairness", "Local accuracy by tier", rows, data)
+
+
+_FAIRNESS = {"mean": "mean", "worst10": "worst tenth", "sd": "sd over clients"}
 
 
 def runs_sheet(groups: Sequence[Group]) -> Sheet:
@@ -215,20 +228,24 @@ def settings_sheet(groups: Sequence[Group]) -> Sheet:
     """A row a setting in which the groups differ, a column a group."""
     found = different([group.runs[0].config for group in groups])
     keys = list(dict.fromkeys(key for settings in found for key in settings))
-    rows = [
-        {"setting": key} | {g.label: _text(s.get(key)) for g, s in zip(groups, found, strict=True)}
-        for key in keys
-    ]
-    return Sheet("settings", "Settings that differ", rows, list(rows))
+    columns = {key: [settings.get(key) for settings in found] for key in keys}
+    labels = [group.label for group in groups]
+    return _side_by_side("settings", "Settings that differ", labels, columns)
 
 
 def environment_sheet(runs: Sequence[ReadRun]) -> Sheet:
     """A row a version or a fact of machine or data that differs, a column a run."""
-    rows = [
-        {"environment": key} | {r.label: _text(v) for r, v in zip(runs, values, strict=True)}
-        for key, values in environments(runs).items()
-    ]
-    return Sheet("environment", "Environments that differ", rows, list(rows))
+    labels = [run.label for run in runs]
+    return _side_by_side("environment", "Environments that differ", labels, environments(runs))
+
+
+def _side_by_side(
+    name: str, title: str, labels: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> Sheet:
+    """A row a key; its first column has no heading, so that no label can be the same."""
+    data = [{"": key} | dict(zip(labels, values, strict=True)) for key, values in columns.items()]
+    rows = [{heading: _text(value) for heading, value in row.items()} for row in data]
+    return Sheet(name, title, rows, data)
 
 
 def _text(value: Any) -> str:
