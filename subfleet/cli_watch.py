@@ -75,7 +75,7 @@ def watch(
     tiers: list[dict[str, Any]] = []
     if folder.tiers.is_file():
         tiers = Run(folder.path, ended.summary).tiers
-    print_end(tiers, folder.path)
+    print_end(tiers, folder.path, summary=ended.summary)
 
 
 def _check(run: Path) -> None:

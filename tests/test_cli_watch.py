@@ -56,13 +56,15 @@ def test_a_run_is_followed_from_before_its_first_round_to_its_table(
     commands: Commands, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run = commands.run(out, "--local", "--set", "run.rounds=20")
+    device = "fleet.device.failure_rate=0.1"
+    run = commands.run(out, "--local", "--set", "run.rounds=20", "--set", device)
     wait_for(out / "config.toml")
     watching = watch(commands, str(out))
     said, heard = run.communicate(timeout=200)
     shown, followed = watching.communicate(timeout=60)
     assert (run.returncode, watching.returncode) == (0, 0), (heard, followed)
     assert shown == said and shown.splitlines()[-1] == str(out)
+    assert shown.splitlines()[-2].startswith("simulated: ")
     assert "round 20/20  acc 0." in followed and "0s left" in followed
     # Whoever comes late sees the last rounds, and the same end.
     late = CliRunner().invoke(app, ["watch", str(out), "--last", "3"])

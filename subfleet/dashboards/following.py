@@ -7,6 +7,7 @@ import os
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ class MetricsTail:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.damaged = 0  # whole lines that are no record, and were passed over
+        self.lines = 0  # all that were begun: records, damaged ones, and one that is cut short
         self._at = 0
         self._last = b""
+        self._whole = 0
 
     def read(self) -> tuple[list[RoundRecord], bool]:
         """The records that came since, and whether they start anew with the first there is."""
@@ -45,16 +48,19 @@ class MetricsTail:
                 file.seek(self._at - len(self._last))
                 anew = file.read(len(self._last)) != self._last
                 if anew:
-                    self._at, self._last, self.damaged = 0, b"", 0
+                    self._at, self._last, self.damaged, self._whole = 0, b"", 0, 0
                     file.seek(0)
                 # What comes after the last end of a line is being written, or was cut short.
                 lines = file.read().splitlines(keepends=True)
         except FileNotFoundError:
             anew, self._at, self._last = self._at > 0, 0, b""
+            self.lines = self._whole = 0
             return [], anew
         whole = [line for line in lines if line.endswith(b"\n")]
         if whole:
             self._at, self._last = self._at + sum(map(len, whole)), whole[-1]
+        self._whole += len(whole)
+        self.lines = self._whole + len(lines) - len(whole)
         records = [record for line in whole if (record := _record(line)) is not None]
         self.damaged += len(whole) - len(records)
         return records, anew
@@ -213,10 +219,13 @@ class Following:
     def _summary(self) -> dict[str, Any] | None:
         """The summary of the rounds that are there; that of a run that went on later is old."""
         summary = self.folder.read_summary()
-        return summary if summary is not None and summary["rounds"] == self._done else None
+        # A line is a round, also one that cannot be read.
+        there = (self._done, self._tail.lines)
+        return summary if summary is not None and summary["rounds"] in there else None
 
     def _ended(self, why: str, summary: dict[str, Any] | None = None) -> Ended:
-        return Ended(self._done, max(self._rounds, self._done), summary, why)
+        done = self._done if summary is None else summary["rounds"]
+        return Ended(done, max(self._rounds, done), summary, why)
 
     def _say(self, text: str) -> None:
         """Once, until the run gives the next sign of life."""
@@ -238,8 +247,12 @@ def _rounds(folder: RunFolder) -> int:
 
 def _newest_time(folder: RunFolder) -> int:
     """When anything in the folder was last written, in nanoseconds since 1970."""
+    newest = 0
     with os.scandir(folder.path) as items:
-        return max((item.stat(follow_symlinks=False).st_mtime_ns for item in items), default=0)
+        for item in items:
+            with suppress(FileNotFoundError):  # files are written under other names, then renamed
+                newest = max(newest, item.stat(follow_symlinks=False).st_mtime_ns)
+    return newest
 
 
 def _phases(records: Sequence[RoundRecord], rounds: int) -> list[Stretch]:

@@ -150,6 +150,47 @@ def test_the_summary_of_a_shorter_run_ends_nothing(tmp_path: Path) -> None:
     assert following.look() is None, "it went on"
 
 
+@pytest.mark.parametrize("last", [b'{"round": 3, "ph\n', b'{"round": 3, "ph'])
+def test_a_damaged_last_line_does_not_hide_that_the_run_has_ended(
+    tmp_path: Path, last: bytes
+) -> None:
+    run = folder(tmp_path / "run", rounds=3)
+    log = MetricsLog(run.metrics)
+    log.append(record(1))
+    log.append(record(2))
+    following = Following(run, Heard())
+    run.write_summary({"rounds": 3, "finished": True})
+    assert following.look() is None, "its last round is missing"
+    with open(run.metrics, "ab") as file:
+        file.write(last)
+    for ended in (following.look(), Following(run, Heard()).look()):
+        assert ended is not None and ended.summary == {"rounds": 3, "finished": True}
+        assert (ended.rounds_done, ended.rounds) == (3, 3)
+
+
+def test_files_that_come_and_go_end_nothing(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run")
+    lock = run.lock()
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for number in range(40):
+                (run.path / f".{number}.tmp").touch()
+            for number in range(40):
+                (run.path / f".{number}.tmp").unlink()
+
+    writing = threading.Thread(target=come_and_go)
+    writing.start()
+    try:
+        for _ in range(1000):
+            assert Following(run, Heard()).look() is None
+    finally:
+        over.set()
+        writing.join()
+        os.close(lock)
+
+
 def aged(run: RunFolder, seconds: float) -> None:
     """As if all that is in the folder had been written so long ago."""
     then = time.time() - seconds
