@@ -8,9 +8,9 @@ import os
 import threading
 import time
 from contextlib import redirect_stderr
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 import typer
@@ -100,11 +100,12 @@ def started(folder: Path, port: int | None) -> str:
         ) from None
     except program.TensorBoardServerException as error:
         raise InputError(f"--port {port}: {error.msg}; leave --port out") from None
-    _wait_for_runs(address)
+    wait_for_runs(address)
     return address
 
 
-def _wait_for_runs(address: str) -> None:
+def wait_for_runs(address: str) -> None:
+    """Waits until TensorBoard at this address has read a run; `RunFailed` after a minute."""
     opener = build_opener(ProxyHandler({}))
     until = time.monotonic() + ANSWER_S
     while time.monotonic() < until:
@@ -113,7 +114,7 @@ def _wait_for_runs(address: str) -> None:
                 found: Any = json.load(answer)
             if found:
                 return
-        except (URLError, TimeoutError):
-            pass  # it is still starting
+        except (OSError, HTTPException, ValueError):
+            pass  # it is still starting, and may hang up or answer by half
         time.sleep(0.1)
     raise RunFailed(f"TensorBoard at {address} does not answer after {ANSWER_S:g} s")

@@ -8,7 +8,9 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
@@ -22,6 +24,7 @@ from toys import Crash, StopAfter
 from typer.testing import CliRunner
 
 from subfleet.cli import app
+from subfleet.cli_dashboard import wait_for_runs
 from subfleet.config import Experiment
 from subfleet.dashboards.tensorboard import scalars
 from subfleet.dashboards.tensorboard_values import LAYOUT
@@ -246,6 +249,30 @@ def test_the_table_of_settings_is_shown(board: Board, browser: Chromium) -> None
     for words in ("train.lr", "accuracy/global", "resumed/tb"):
         opened.page.get_by_text(words, exact=True).first.wait_for()
     assert opened.errors == []
+
+
+def test_a_server_that_hangs_up_or_answers_by_half_is_asked_again() -> None:
+    answers = [b'["run"]', b"[]", b'["ru', b"", None]  # the last comes first
+
+    class Starting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if (answer := answers.pop()) is not None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Starting) as server:
+        serving = Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            wait_for_runs(f"http://127.0.0.1:{server.server_port}/")
+        finally:
+            server.shutdown()
+            serving.join()
+    assert answers == []
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
