@@ -87,7 +87,7 @@ class OperatorMetrics:
 
     It may be pickled until the run begins: metrics belong to the process that makes them. What
     counts has no series before it first happens, for Ray counts no zeros. Gauges Ray forgets
-    twenty seconds after they were set: they are set again and again.
+    twenty seconds after they were set: they are set again and again, whenever it hears anything.
     """
 
     def __init__(self) -> None:
@@ -114,10 +114,7 @@ class OperatorMetrics:
         """How many hosts there are, and what they have at hand; comes every few seconds."""
         self._note("subfleet_hosts_alive", alive)
         self._note("subfleet_bundles_in_flight", in_flight)
-        if (now := time.monotonic()) > self._again_at:
-            self._again_at = now + AGAIN_S
-            for (name, tag), value in list(self._gauges.items()):
-                self._note(name, value, tag)
+        self._set_again()
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
         """Take over what the round has to say."""
@@ -130,10 +127,17 @@ class OperatorMetrics:
                 self._note("subfleet_round_seconds", seconds)
             else:
                 self._note("subfleet_phase_seconds", seconds, phase)
+        self._set_again()
 
     def on_end(self, summary: dict[str, Any]) -> None:
         """Nothing is at hand any more."""
         self.on_hosts(0, 0)
+
+    def _set_again(self) -> None:
+        if (now := time.monotonic()) > self._again_at:
+            self._again_at = now + AGAIN_S
+            for (name, tag), value in list(self._gauges.items()):
+                self._note(name, value, tag)
 
     def _note(self, name: str, value: float | None, tag: str = "") -> None:
         """Set, count or observe a value; none for what is unknown, or not finite."""

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 import pytest
 from pages import Page
 
+from subfleet.cluster import operators
 from subfleet.cluster.operators import BOUNDS_S, METRICS, OperatorMetrics
 from subfleet.config import Experiment
 from subfleet.launch import Run, assemble, launch
@@ -166,6 +167,31 @@ def test_a_run_on_ray_exports_them_as_long_as_it_goes_on(
     rounds = "ray_subfleet_rounds_done_total"
     assert 0 < found[rounds][""] < later[rounds][""] <= len(ended[0].metrics)
     assert 0 <= later["ray_subfleet_bundles_in_flight"][""] <= 2
+
+
+class Noting(OperatorMetrics):
+    """Remembers which it set, newest last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def _note(self, name: str, value: float | None, tag: str = "") -> None:
+        super()._note(name, value, tag)
+        self.noted.append(name)
+
+
+def test_rounds_alone_keep_gauges_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "AGAIN_S", 0.2)
+    metrics = Noting()
+    metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    metrics.on_hosts(2, 0)
+    # No round says how many hosts there are: that gauge is Ray's to forget.
+    for _ in range(2):
+        time.sleep(0.3)
+        metrics.noted.clear()
+        metrics.on_round({"round": 1, "seconds": {"total": 1.0}}, {})
+        assert {"subfleet_hosts_alive", "subfleet_rounds"} <= set(metrics.noted)
 
 
 def test_the_document_states_them_and_no_others() -> None:
