@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from subfleet.platform.columns import METRICS_COLUMNS
 from subfleet.platform.files import to_jsonable
 from subfleet.platform.metrics import read_metrics
 
-# At most so many of each kind a run, and those of the last round.
+# At most so many of each kind a run, and those of the last round: also of one that ends early.
 PICTURES, HISTOGRAMS = 10, 100
 _TAGS = {column.name: column.tag for column in METRICS_COLUMNS}
 _BARS = 128  # of a histogram of units, at most; TensorBoard shows 30
@@ -62,6 +63,8 @@ class TensorBoardWriter:
         self._waiting: list[Any] = []  # what belongs to the round that is not told yet
         self._kept: list[dict[str, float]] = []  # of each round from the first on
         self._rounds = 1
+        # The newest of each kind that is not drawn yet: its round, and how.
+        self._owed: dict[str, tuple[int, Callable[[], Iterable[Any]]]] = {}
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Open the event file; write the experiment as text and as hyper-parameters."""
@@ -92,17 +95,20 @@ class TensorBoardWriter:
         parts += [values.scalar(tag, value) for tag, value in scalars(record)]
         self._kept.append(record.get("keep") or {})
         round, clients = record["round"], record.get("clients")
-        if self._due(round, HISTOGRAMS):
-            parts += [_trained(group, counts) for group, counts in coverage.items()]
-        if clients and self._due(round, PICTURES):
-            shares = {group: counts / clients for group, counts in coverage.items()}
-            parts += self._pictures(round, shares)
+        self._owed["trained"] = round, partial(_trained, coverage)
+        self._owed["coverage"] = round, partial(self._coverage, round)
+        if clients:  # where nobody arrived there are no shares
+            self._owed["shares"] = round, partial(_shares, coverage, clients)
+        for kind, times in (("trained", HISTOGRAMS), ("coverage", PICTURES), ("shares", PICTURES)):
+            if self._due(round, times) and self._owed.get(kind, (0,))[0] == round:
+                parts += self._owed.pop(kind)[1]()
         self._events.add(parts, round)
 
     def _due(self, round: int, times: int) -> bool:
         return round % math.ceil(self._rounds / times) == 0 or round == self._rounds
 
-    def _pictures(self, round: int, shares: Mapping[str, np.ndarray]) -> Iterator[Any]:
+    def _coverage(self, round: int) -> Iterator[Any]:
+        """The column `keep` of all rounds so far, where there is any."""
         groups = list(dict.fromkeys(group for kept in self._kept for group in kept))
         if groups:
             rows = {
@@ -117,17 +123,9 @@ class TensorBoardWriter:
                 last=f"round {round}",
             )
             yield values.picture("heatmap/coverage", drawn)
-        if shares:
-            drawn = heat_map(
-                {f"{group} ({len(units)})": units for group, units in shares.items()},
-                title="share of clients that trained each unit",
-                first="first unit",
-                last="last unit",
-            )
-            yield values.picture("heatmap/keep_ratio", drawn)
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        """Write what only the summary knows, beside the hyper-parameters, and close."""
+        """Write what only the summary knows, and what is not drawn of the last rounds; close."""
         if self._events is None:
             return
         events, self._events = self._events, None
@@ -137,6 +135,8 @@ class TensorBoardWriter:
         if summary.get("finished"):  # else it may be gone on with
             parts.append(values.session_end(time.time()))
         try:
+            for round, draw in self._owed.values():
+                events.add(draw(), round)
             events.add(parts, summary.get("rounds", 0))
         finally:
             events.close()
@@ -151,12 +151,25 @@ def _earlier(info: Mapping[str, Any]) -> Iterator[dict[str, float]]:
                 yield record.get("keep") or {}
 
 
-def _trained(group: str, counts_C: np.ndarray) -> Any:
+def _trained(coverage: Mapping[str, np.ndarray]) -> Iterator[Any]:
     """How many clients trained each unit: units along the axis, clients as heights."""
-    units = len(counts_C)
-    bars = min(units, _BARS)
-    edges = np.arange(bars + 1) * units // bars
-    return values.histogram(f"coverage/{group}", edges, stretched(counts_C, bars))
+    for group, counts_C in coverage.items():
+        units = len(counts_C)
+        bars = min(units, _BARS)
+        edges = np.arange(bars + 1) * units // bars
+        yield values.histogram(f"coverage/{group}", edges, stretched(counts_C, bars))
+
+
+def _shares(coverage: Mapping[str, np.ndarray], clients: int) -> Iterator[Any]:
+    """A row for each group: the share of the clients that trained each of its units."""
+    if coverage:
+        drawn = heat_map(
+            {f"{group} ({len(counts)})": counts / clients for group, counts in coverage.items()},
+            title="share of clients that trained each unit",
+            first="first unit",
+            last="last unit",
+        )
+        yield values.picture("heatmap/keep_ratio", drawn)
 
 
 def _spread(columns: Mapping[str, np.ndarray]) -> Iterator[Any]:

@@ -126,6 +126,36 @@ def test_pictures_are_few_however_many_rounds(rounds, tmp_path):
         assert all(picture.width < 350 and picture.height < 80 for picture in pictures)
 
 
+def test_a_run_that_ends_early_has_pictures_of_its_last_round(tmp_path):
+    write(tmp_path, 1, 5, rounds=399).on_end({"rounds": 5, "finished": True})
+    events = read(tmp_path)
+    assert [step for step, _ in bars(events, "coverage/conv1")] == [4, 5]
+    assert {tag: [step for step, _ in found] for tag, found in drawn(tmp_path).items()} == {
+        "heatmap/coverage": [5],
+        "heatmap/keep_ratio": [5],
+    }
+    # They are those that a run of five rounds has.
+    write(tmp_path / "whole", 1, 5).on_end({"rounds": 5})
+    whole = drawn(tmp_path / "whole")
+    assert drawn(tmp_path) == {tag: found[-1:] for tag, found in whole.items()}
+
+
+def test_where_nobody_arrives_last_the_shares_are_of_who_arrived_before(tmp_path):
+    writer = write(tmp_path, 1, 21, rounds=22)
+    writer.on_round({"round": 22, "clients": 0}, {"conv1": np.zeros(4, int)})
+    writer.on_end({"rounds": 22})
+    steps = {tag: [step for step, _ in found] for tag, found in drawn(tmp_path).items()}
+    due = list(range(3, 22, 3))
+    assert steps == {"heatmap/coverage": [*due, 22], "heatmap/keep_ratio": due}
+    assert [step for step, _ in bars(read(tmp_path), "coverage/conv1")] == list(range(1, 23))
+    # One that was drawn is not drawn again; one that was not comes at the end.
+    writer = write(tmp_path / "b", 1, 20, rounds=22)
+    writer.on_round({"round": 21, "clients": 0}, {"conv1": np.zeros(4, int)})
+    writer.on_round({"round": 22, "clients": 0}, {"conv1": np.zeros(4, int)})
+    writer.on_end({"rounds": 22})
+    assert [step for step, _ in drawn(tmp_path / "b")["heatmap/keep_ratio"]] == [*due[:-1], 20]
+
+
 def drawn(folder):
     events = read(folder)
     tags = ("heatmap/coverage", "heatmap/keep_ratio")
