@@ -76,7 +76,6 @@ READING = {
 def test_the_lines_read_what_the_run_wrote(
     library: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(library)
     monkeypatch.chdir(run.path.parents[1])
     read: dict[str, Any] = {}
     exec(READING[library], read)
