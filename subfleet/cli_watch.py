@@ -106,4 +106,6 @@ def _go_on(folder: RunFolder) -> str:
 
     newest = last_checkpoint(folder.metrics)
     where = "from the start" if newest is None else f"from round {checkpoint.number(newest)}"
-    return f"go on {where} with\n  {resume_command(folder)}"
+    # Its folder does not say where it was run.
+    also = "with (and --local or --address, where it was run so)"
+    return f"go on {where} {also}\n  {resume_command(folder)}"

@@ -124,7 +124,7 @@ def test_a_run_whose_time_was_over_says_how_to_go_on(commands: Commands, tmp_pat
     assert run.returncode == 0, problem
     seen = CliRunner().invoke(app, ["watch", str(out)])
     assert seen.exit_code == 0
-    assert "its time was over after 1 of 8 rounds; go on from round 1 with" in seen.stderr
+    assert "its time was over after 1 of 8 rounds; go on from round 1 with (and" in seen.stderr
     assert "--resume" in seen.stderr and seen.stdout.splitlines()[-1] == str(out)
 
 
