@@ -15,6 +15,7 @@ import numpy as np
 
 from subfleet.dashboards.read_runs import ReadRun
 from subfleet.dashboards.settings import settings
+from subfleet.platform.measure import over_clients
 from subfleet.platform.runfolder import flat
 from subfleet.platform.sameness import NOT_OF_THE_RESULT
 
@@ -271,10 +272,9 @@ def fairness(accuracy: np.ndarray) -> Fairness:
     >>> fairness(np.array([0.2, 0.6]))
     Fairness(clients=2, mean=0.4, sd=0.282842712474619, worst10=0.2)
     """
-    ordered = np.sort(accuracy)
-    sd = float(ordered.std(ddof=1)) if len(ordered) > 1 else math.nan
-    worst = float(ordered[: max(1, len(ordered) // 10)].mean())
-    return Fairness(len(ordered), float(ordered.mean()), sd, worst)
+    found = over_clients("of", accuracy)
+    sd = found["of_sd"] if len(accuracy) > 1 else math.nan
+    return Fairness(len(accuracy), float(np.sort(accuracy).mean()), sd, found["of_worst10"])
 
 
 ALL = "all clients"

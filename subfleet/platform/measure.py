@@ -106,10 +106,10 @@ def local_accuracy(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _local(accuracy: np.ndarray) -> dict[str, float]:
-    return {"acc_local": float(np.sort(accuracy).mean())} | _spread("acc_local", accuracy)
+    return {"acc_local": float(np.sort(accuracy).mean())} | over_clients("acc_local", accuracy)
 
 
-def _spread(name: str, accuracy: np.ndarray) -> dict[str, float]:
+def over_clients(name: str, accuracy: np.ndarray) -> dict[str, float]:
     """Sample sd and worst tenth over clients."""
     ordered = np.sort(accuracy)
     return {
@@ -142,7 +142,7 @@ def own_accuracy(columns: Mapping[str, np.ndarray], tiers: np.ndarray) -> dict[s
     by_tier = np.bincount(tier, correct) / np.bincount(tier, count)
     return {
         "acc_own": float(correct.sum() / count.sum()),
-        **_spread("acc_own", correct / count),
+        **over_clients("acc_own", correct / count),
         "acc_own_tier": dict(zip(names.tolist(), by_tier.tolist(), strict=True)),
         "loss_own": float(loss.sum() / count.sum()),
     }

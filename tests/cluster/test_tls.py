@@ -43,12 +43,18 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def address(certificate: tuple[Path, Path]) -> Iterator[str]:
+def asked() -> list[str]:
+    """The calls that came to the server."""
+    return []
+
+
+@pytest.fixture
+def address(certificate: tuple[Path, Path], asked: list[str]) -> Iterator[str]:
     """A server as Ray's are within TLS: callers show the cluster's certificate."""
 
     class Health(grpc.GenericRpcHandler):
         def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-            assert handler_call_details.method == HEALTH
+            asked.append(handler_call_details.method)
             return grpc.unary_unary_rpc_method_handler(lambda request, context: b"\x08\x01")
 
     cert, key = (path.read_bytes() for path in certificate)
@@ -61,13 +67,17 @@ def address(certificate: tuple[Path, Path]) -> Iterator[str]:
 
 
 def test_a_server_within_tls_is_taken_for_ray(
-    address: str, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    address: str,
+    certificate: tuple[Path, Path],
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(certificate[0]))
     monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(certificate[1]))
     monkeypatch.setenv("RAY_TLS_CA_CERT", str(certificate[0]))
     check_address(address)
+    assert asked == [HEALTH]
 
 
 def test_without_tls_it_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
