@@ -118,7 +118,7 @@ class Stepper:
         whole = len(leaves) == len(self._fixed) + 3  # key, x and y, and no weights of rows
         full = not self.clients or len(leaves[-1]) == choice.side_by_side
         compiles = choice.compiled and factors and whole and full
-        flat = traced(self._gradient, leaves, count, in_place=not compiles)
+        flat = traced(self._gradient, leaves, count, eager=not compiles)
         return compiled(flat, leaves) if compiles else flat
 
     def _gradient(self, *leaves: Any) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.platform import graphs
+from subfleet.platform import calls, graphs
 from subfleet.platform.memory import ran_out
 
 _MOST = 32  # a loss made anew each round must not pile up traces
@@ -52,11 +52,12 @@ def traced(
     arguments: Sequence[Any],
     factors: int,
     *,
-    in_place: bool,
+    eager: bool,
 ) -> Flat:
-    """A pure function of tensors as a flat list of kernels, some of which work `in_place`.
+    """A pure function of tensors as a flat list of kernels.
 
-    The first `factors` leaves that it gives may come as two factors each.
+    The first `factors` leaves that it gives may come as two factors each. `eager`: the list is
+    called as it is, and not compiled.
     """
     # Tracing runs the function: on copies, for it may update statistics, and without a trace
     # in torch's generator, which the clients draw from.
@@ -73,6 +74,8 @@ def traced(
             f'the clients\' loss cannot be traced ({what}); set run.engine = "loop"'
         ) from error
     module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
-    graphs.tidy(module, in_place=in_place)
+    graphs.tidy(module, in_place=eager)
     products = graphs.factored(module, factors)
+    if eager:
+        calls.hasten(module)
     return Flat(module.forward, products, module)
