@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeVar
 
+from torch import Tensor
+
 Number = TypeVar("Number")
 
 
@@ -23,6 +25,14 @@ class Scaling(NamedTuple):
             x = x * self.factor  # type: ignore[operator]
         if self.shift != 0.0:
             x = x + self.shift  # type: ignore[operator]
+        return x
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """The same in the tensor's own memory."""
+        if self.factor != 1.0:
+            x = x.mul_(self.factor)
+        if self.shift != 0.0:
+            x = x.add_(self.shift)
         return x
 
 

@@ -114,22 +114,27 @@ class Chunk:
         first, last = block.offsets[at], block.offsets[at + 1]
         return block.x[first:last], block.y[first:last]
 
+    def stored(self, index: int, part: str) -> tuple[Tensor, Tensor]:
+        """A client's rows of one part on the device, of the types they are stored in."""
+        x, y = self.rows(index, part)
+        return torch.as_tensor(x).to(self.device), torch.as_tensor(y).to(self.device)
+
     def data(self, index: int, part: str, net: Images) -> tuple[Tensor, Tensor]:
         """A client's rows of one part on the device, as the network takes them."""
-        x, y = self.rows(index, part)
-        return net.images(torch.as_tensor(x), self.scale), torch.as_tensor(y).to(self.device)
+        x, y = self.stored(index, part)
+        return net.images(x, self.scale), y
 
-    def stacked(self, group: range, part: str, net: Images) -> tuple[Tensor, Tensor]:
-        """The rows of several clients side by side, [K, N, ...], the shorter padded with zeros."""
+    def stacked(self, group: range, part: str) -> tuple[Tensor, Tensor]:
+        """Stored rows of several clients side by side, [K, N, ...], the shorter padded with 0."""
         block, at = self.blocks[part], [self.positions[i] for i in group]
         counts = {int(block.offsets[p + 1] - block.offsets[p]) for p in at}
         if len(counts) == 1 and at == list(range(at[0], at[0] + len(at))) and 0 not in counts:
             # Neighbours of one length lie in the block as they are wanted: no copy.
             first, last = block.offsets[at[0]], block.offsets[at[-1] + 1]
-            x = net.images(torch.as_tensor(block.x[first:last]), self.scale)
+            x = torch.as_tensor(block.x[first:last]).to(self.device)
             y = torch.as_tensor(block.y[first:last]).to(self.device)
             return x.unflatten(0, (len(at), -1)), y.unflatten(0, (len(at), -1))
-        clients = [self.data(i, part, net) for i in group]
+        clients = [self.stored(i, part) for i in group]
         longest = max(1, *(len(y) for _, y in clients))  # a padded batch points at row 0
         return (
             torch.stack([_extended(x, longest) for x, _ in clients]),

@@ -5,6 +5,8 @@ Legend: K clients, N rows of the longest client, S steps, B rows a batch.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ class Feed:
         self, chunk: Chunk, group: range, stream: Stream, net: Resident, *, cycle: int | None = None
     ):
         self.device = chunk.device
-        x_KN, y_KN = chunk.stacked(group, stream.part, net)
+        x_KN, y_KN = chunk.stacked(group, stream.part)
         self.x, self.y = x_KN.flatten(0, 1), y_KN.flatten()  # client after client
+        self._images = partial(net.images, scale=chunk.scale)
         schedules = [chunk.schedule(i, stream) for i in group]
         self.num_steps_K = [len(schedule) for schedule in schedules]
         if cycle is not None:
@@ -55,8 +58,10 @@ class Feed:
         """(x_KB, y_KB), and weight_KB only where some row is padding."""
         rows = self.rows_S[step]
         # One index into rows laid end to end: an index for each axis takes four times as long.
-        found = tuple(t.index_select(0, rows).unflatten(0, self.size) for t in (self.x, self.y))
-        return found if self._full_S[step] else (*found, self.weight_KSB[:, step])
+        # Rows are gathered as they are stored, pixels a byte each, and become floats after that.
+        x = self._images(self.x.index_select(0, rows)).unflatten(0, self.size)
+        y = self.y.index_select(0, rows).unflatten(0, self.size)
+        return (x, y) if self._full_S[step] else (x, y, self.weight_KSB[:, step])
 
     def active(self, step: int) -> Tensor | None:
         """Which clients still have this step, bool [K]; None where all have."""

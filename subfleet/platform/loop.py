@@ -48,8 +48,11 @@ def _client(chunk: Chunk, index: int, net: Resident) -> Trained:
     return _run_client(chunk, index, net, chunk.program)
 
 
-def _batches(x: Tensor, y: Tensor, schedule: list[np.ndarray]) -> Iterator[Batch]:
+def _batches(
+    chunk: Chunk, index: int, part: str, net: Resident, schedule: list[np.ndarray]
+) -> Iterator[Batch]:
     """The batches of a schedule; rows are gathered a pass at a time and then cut as views."""
+    x, y = chunk.stored(index, part)
     step = 0
     while step < len(schedule):
         group = [schedule[step]]
@@ -62,7 +65,8 @@ def _batches(x: Tensor, y: Tensor, schedule: list[np.ndarray]) -> Iterator[Batch
             size += len(more)
         rows = torch.from_numpy(np.concatenate(group)).to(y.device)
         sizes = [len(batch) for batch in group]
-        parts = zip(x[rows].split(sizes), y[rows].split(sizes), strict=True)
+        found = net.images(x.index_select(0, rows), chunk.scale)
+        parts = zip(found.split(sizes), y.index_select(0, rows).split(sizes), strict=True)
         yield from (Batch(x_B, y_B, None) for x_B, y_B in parts)
         step += len(group)
 
@@ -86,14 +90,14 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
     net.load(start)
     inputs = chunk.inputs(index)
     schedule = chunk.schedule(index, program.stream)
-    x, y = chunk.data(index, program.stream.part, net)
+    batches = _batches(chunk, index, program.stream.part, net, schedule)
     keys = (chunk.noise_key(index) + torch.arange(len(schedule), device=chunk.device)).unbind()
     stepping = net.prepared(program, chunk.round)
     stepper = Stepper(net, stepping, net.weights, net.statistics, inputs, clients=False)
     traced_rows = program.stream.batch if chunk.choice.way == "traced" else None
     losses = []
     with torch.no_grad():
-        for number, batch in enumerate(_batches(x, y, schedule)):
+        for number, batch in enumerate(batches):
             if len(batch.y) == traced_rows:  # others come in too many sizes to trace
                 loss = stepper.step(keys[number], batch[:2])
             else:

@@ -126,7 +126,8 @@ class Resident:
     def images(self, x: Tensor, scale: Scaling) -> Tensor:
         """Rows as the network wants them: pixels and numbers float and scaled, tokens int64."""
         if x.dtype == torch.uint8 or x.is_floating_point():
-            x = scale.apply(x.to(self.device, torch.float32))
+            stored, x = x, x.to(self.device, torch.float32)
+            x = scale.apply(x) if x is stored else scale.apply_(x)
         else:
             x = x.to(self.device).to(torch.int64)  # narrow on the way to the device
         if self.channels_last and x.dim() == 4:
