@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,21 +225,34 @@ class Store:
     def _gathered(self, ids: np.ndarray, part: str, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of column 0 (x) or 1 (y) of the clients' part, and their offsets."""
         ids = checked_ids(ids, self.num_clients)
-        offsets = offsets_of(self.sizes(ids, part))
+        sizes = self.sizes(ids, part)
+        offsets, starts = offsets_of(sizes), self._batch_starts
         like = self._columns[0][column]
         out = np.empty((int(offsets[-1]), *like.shape[1:]), dtype=like.dtype)
-        starts = self._batch_starts
-        at = 0
-        for low, high in zip(self._offsets[ids], self._offsets[ids + 1], strict=True):
-            while low < high:
-                batch = np.searchsorted(starts, low, side="right") - 1
-                end = min(high, starts[batch + 1])
-                rows = self._columns[batch][column][low - starts[batch] : end - starts[batch]]
-                if part != "all":
-                    rows = rows[self._parts.codes[low:end] == CODES[part]]
-                out[at : at + len(rows)] = rows
-                low, at = end, at + len(rows)
+        first, last = self._offsets[ids], self._offsets[ids + 1]
+        batches = np.searchsorted(starts, first, side="right") - 1
+        # Most clients lie in one batch, and often all of their rows are asked for.
+        simple = (last <= starts[batches + 1]) & (sizes == last - first)
+        first_in_batch, held = first - starts[batches], np.flatnonzero(simple & (sizes > 0))
+        wanted = (batches, first_in_batch, first_in_batch + sizes, offsets[:-1], offsets[1:])
+        for batch, low, high, into, end in zip(*(w[held].tolist() for w in wanted), strict=True):
+            out[into:end] = self._columns[batch][column][low:high]
+        for at in np.flatnonzero(~simple):
+            into = offsets[at]
+            for rows in self._pieces(first[at], last[at], part, column):
+                out[into : into + len(rows)] = rows
+                into += len(rows)
         return out, offsets
+
+    def _pieces(self, low: int, high: int, part: str, column: int) -> Iterator[np.ndarray]:
+        """Those of the rows `low` to `high` that belong to the part, batch by batch."""
+        starts = self._batch_starts
+        while low < high:
+            batch = np.searchsorted(starts, low, side="right") - 1
+            end = min(high, starts[batch + 1])
+            rows = self._columns[batch][column][low - starts[batch] : end - starts[batch]]
+            yield rows if part == "all" else rows[self._parts.codes[low:end] == CODES[part]]
+            low = end
 
 
 def read_manifest(path: Path) -> dict:

@@ -25,7 +25,8 @@ from subfleet.core.errors import InputError, RunFailed
 from subfleet.datasets.federation import Federation, offsets_of
 from subfleet.datasets.tables import Upcoming, to_table
 
-BLOCK_BYTES = 16 << 20  # less, and a block's task costs more than its copy; more delays the first
+SMALL_BLOCK = 16 << 20  # bytes; less, and a block's task costs more than its copy
+LARGE_BLOCK = 64 << 20  # tasks that are fewer leave more to the training; delays the first round
 SHARE = 0.1  # of the object store's memory, for one window
 PATIENCE_S = 60.0
 WINDOW_ROUNDS = 16  # at most; more would be read long before it is of use
@@ -41,6 +42,12 @@ class _Piece(NamedTuple):
     part: str
     ids: np.ndarray
     rows: int
+    in_order: np.ndarray  # the ids, sorted
+
+    def holds(self, ids: np.ndarray) -> int:
+        """How many of these different clients it has."""
+        before, after = (np.searchsorted(self.in_order, ids, side) for side in ("left", "right"))
+        return int((after - before).sum())
 
 
 class CohortStream:
@@ -89,9 +96,10 @@ class CohortStream:
             last_news = monotonic()
             while not self._closed:
                 here = self._blocks.get((round, part), [])
-                found = [(piece, ref) for piece, ref in here if np.isin(ids, piece.ids).any()]
-                if sum(np.isin(piece.ids, ids).sum() for piece, _ in found) == len(ids):
-                    return [ref for piece, ref in found if piece.rows]
+                held = [piece.holds(ids) for piece, _ in here]
+                if sum(held) == len(ids):
+                    found = zip(here, held, strict=True)
+                    return [ref for (piece, ref), some in found if some and piece.rows]
                 if self._error is not None:
                     raise self._error
                 if self._read_to >= round:
@@ -146,8 +154,11 @@ class CohortStream:
         """The pieces of as many rounds as the budget holds, and their bytes."""
         window: list[_Piece] = []
         held = rounds = 0
+        large = min(LARGE_BLOCK, max(SMALL_BLOCK, self._window_bytes // 4))
         for round in range(first, last + 1):
-            pieces = list(self._pieces(round, upcoming(round)))
+            # Hosts wait for the first round's.
+            block = SMALL_BLOCK if round == first else large
+            pieces = list(self._pieces(round, upcoming(round), block))
             size = sum(piece.rows for piece in pieces) * self._row_bytes
             full = rounds >= WINDOW_ROUNDS or held + size > self._window_bytes
             if window and full:
@@ -157,14 +168,14 @@ class CohortStream:
         if window:
             yield window, held
 
-    def _pieces(self, round: int, need: Upcoming) -> Iterator[_Piece]:
+    def _pieces(self, round: int, need: Upcoming, block: int) -> Iterator[_Piece]:
         for part in need.parts:
             sizes = self._data.sizes(need.ids, part)
-            place = offsets_of(sizes)[:-1] * self._row_bytes // BLOCK_BYTES
+            place = offsets_of(sizes)[:-1] * self._row_bytes // block
             cuts = np.flatnonzero(np.diff(place)) + 1
             rows = [int(some.sum()) for some in np.split(sizes, cuts)]
             for ids, count in zip(np.split(need.ids, cuts), rows, strict=True):
-                yield _Piece(round, part, ids, count)
+                yield _Piece(round, part, ids, count, np.sort(ids))
 
     @property
     def _row_bytes(self) -> int:
@@ -177,7 +188,7 @@ class CohortStream:
             import ray
 
             total = ray.cluster_resources().get("object_store_memory", 0.0)
-            self._budget = max(BLOCK_BYTES, int(SHARE * total))
+            self._budget = max(SMALL_BLOCK, int(SHARE * total))
         return self._budget
 
     def _room(self, window: list[_Piece], size: int) -> bool:
