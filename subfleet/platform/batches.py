@@ -11,22 +11,20 @@ from subfleet.core import seeds
 from subfleet.core.program import Stream
 
 
-def _pass_order(
+def _passes(
     stream: Stream, rows: np.ndarray, count: int, first: int, seed: int, round: int, client: int
-) -> np.ndarray:
-    """Row numbers of `count` passes over `rows`, from pass `first` on. Shape [count, len(rows)]."""
+) -> list[np.ndarray]:
+    """Row numbers of `count` passes over `rows`, from pass `first` on."""
     if stream.spans_rounds:
         # A pass may begin in one round and end in the next: key each by its own number.
-        passes = [
+        return [
             seeds.generator(seed, f"pass {number}", client=client).permutation(rows)
             for number in range(first, first + count)
         ]
-    else:
-        generator = seeds.generator(
-            seed, "batches", round=round if stream.redraw == "round" else 0, client=client
-        )
-        passes = [generator.permutation(rows) for _ in range(count)]
-    return np.stack(passes) if passes else np.empty((0, len(rows)), np.int64)
+    generator = seeds.generator(
+        seed, "batches", round=round if stream.redraw == "round" else 0, client=client
+    )
+    return [generator.permutation(rows) for _ in range(count)]
 
 
 def _rows(stream: Stream, num_samples: int, seed: int, round: int, client: int) -> np.ndarray:
@@ -65,7 +63,7 @@ def steps(
     wanted = stream.num_steps(num_samples)
     start = (round - 1) * wanted if stream.spans_rounds else 0
     first_pass = start // per_pass
-    passes = _pass_order(
+    passes = _passes(
         stream, rows, -(-(start + wanted) // per_pass) - first_pass, first_pass, seed, round, client
     )
     cut = [order[i : i + size] for order in passes for i in range(0, len(order), size)]
