@@ -169,29 +169,42 @@ def test_a_run_on_ray_exports_them_as_long_as_it_goes_on(
     assert 0 <= later["ray_subfleet_bundles_in_flight"][""] <= 2
 
 
-class Noting(OperatorMetrics):
-    """Remembers which it set, newest last."""
+@pytest.fixture
+def gauges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Which of Ray's gauges were set, and to what, as it goes on."""
+    told: list[tuple[str, float]] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[str] = []
+    def noted(gauge: Any, value: float, tags: Any = None) -> None:
+        told.append((gauge.info["name"], value))
 
-    def _note(self, name: str, value: float | None, tag: str = "") -> None:
-        super()._note(name, value, tag)
-        self.noted.append(name)
-
-
-def test_rounds_alone_keep_gauges_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.util.metrics.Gauge.set", noted)
     monkeypatch.setattr(operators, "AGAIN_S", 0.2)
-    metrics = Noting()
+    return told
+
+
+def test_rounds_alone_keep_gauges_alive(gauges: list[tuple[str, float]]) -> None:
+    metrics = OperatorMetrics()
     metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
     metrics.on_hosts(2, 0)
     # No round says how many hosts there are: that gauge is Ray's to forget.
     for _ in range(2):
         time.sleep(0.3)
-        metrics.noted.clear()
+        gauges.clear()
         metrics.on_round({"round": 1, "seconds": {"total": 1.0}}, {})
-        assert {"subfleet_hosts_alive", "subfleet_rounds"} <= set(metrics.noted)
+        assert {("subfleet_hosts_alive", 2.0), ("subfleet_rounds", 9.0)} <= set(gauges)
+
+
+def test_bundles_that_come_and_go_set_no_gauge_until_it_is_due(
+    gauges: list[tuple[str, float]],
+) -> None:
+    metrics = OperatorMetrics()
+    metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    gauges.clear()
+    for in_flight in (1, 2, 1):
+        metrics.on_hosts(1, in_flight)
+    assert gauges == []
+    metrics.on_end({})
+    assert ("subfleet_bundles_in_flight", 0.0) in gauges and len(gauges) == 4
 
 
 def test_the_document_states_them_and_no_others() -> None:
