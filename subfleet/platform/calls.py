@@ -1,15 +1,15 @@
 """Rewrites of a traced gradient for whoever calls it: fewer kernels, sooner reached.
 
-A small kernel takes less time than the way to it. The same kernels run in the same order,
-so every bit stays, but for those that
+A small kernel takes less time than the way to it. Every bit stays:
 
-    -ones_like(mean) / 20             ->  would find the same every time: found here, once
-    t(t(x))                           ->  give back what came in
-    torch.ops.aten.mm.default(a, b)   ->  torch.mm(a, b), which gets there in half the time
+    -ones_like(mean) / 20             is the same every time: found here, once
+    t(t(x))                           is left out
+    torch.ops.aten.mm.default(a, b)   becomes torch.mm(a, b), which gets there in half the time
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +26,8 @@ _FILLED = (
     *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
     *(_aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
 )
+# They write to statistics, and their schemas do not say so.
+_WRITE_UNSAID = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 # Those that torch offers, with the same arguments, as a plain function or method too.
 _NAMES = (
     "mm bmm addmm baddbmm convolution relu relu_ t transpose permute unsqueeze squeeze select "
@@ -54,7 +56,7 @@ def _untwist(module: GraphModule) -> None:
 
 
 def _find_once(module: GraphModule) -> None:
-    """Replaces what does not depend on the arguments by its value."""
+    """Replaces tensors made from the shape of others, and what follows from them, by values."""
     given_out = set(_given_out(module))
     values: dict[Node, Tensor] = {}
     for node in list(module.graph.nodes):
@@ -111,21 +113,28 @@ def _schema(node: Node) -> Any:
     return getattr(node.target, "_schema", None)
 
 
+def _name(node: Node) -> str:
+    """Of an operation of torch's own, without the overload; else empty."""
+    schema = _schema(node)
+    namespace, _, name = ("" if schema is None else schema.name).partition("::")
+    return name if namespace == "aten" else ""
+
+
 def _writes(node: Node) -> bool:
     schema = _schema(node)
-    return schema is not None and schema.is_mutable
+    return schema is not None and (schema.is_mutable or _name(node) in _WRITE_UNSAID)
 
 
 def _is_view(node: Node) -> bool:
+    """Whether it may lie in the memory of its first argument."""
+    if node.target is operator.getitem or _name(node) == "_unsafe_view":
+        return True
     schema = _schema(node)
     return schema is not None and any(result.alias_info for result in schema.returns)
 
 
 def _shorten(node: Node) -> None:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
-        return
-    name = node.target._schema.name.removeprefix("aten::")
-    if name in _FUNCTIONS:
+    if (name := _name(node)) in _FUNCTIONS:
         node.target = getattr(torch, name)
     elif name in _METHODS:
         node.op, node.target = "call_method", name
