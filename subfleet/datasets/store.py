@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +140,7 @@ class Store:
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The inputs of rows 0 .. num_rows - 1 by number, [n, *input_shape]."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        like = self._columns[0][0]
-        out = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
-        batches = np.searchsorted(self._batch_starts, numbers, side="right") - 1
-        # Within a batch in the order of the file, so that pages are read once and ahead.
-        order = np.argsort(numbers, kind="stable")
-        edges = np.searchsorted(batches[order], np.arange(len(self._columns) + 1))
-        for batch in np.flatnonzero(np.diff(edges)):
-            wanted = order[edges[batch] : edges[batch + 1]]
-            out[wanted] = self._columns[batch][0][numbers[wanted] - self._batch_starts[batch]]
-        return out
+        return self._taken(np.asarray(numbers, dtype=np.int64), 0)
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
@@ -214,45 +203,50 @@ class Store:
         """The number of rows of each client and class, int64 [len(ids), num_classes]."""
         if checked_part(part) == "all":
             return self._histogram[checked_ids(ids, self.num_clients)].astype(np.int64)
-        y, offsets = self._gathered(ids, part, 1)
-        return count_labels(y, offsets, self.num_classes)
+        numbers, offsets = self._numbers(ids, part)
+        return count_labels(self._taken(numbers, 1), offsets, self.num_classes)
 
     def block(self, ids: np.ndarray, part: str) -> Block:
         """The clients' rows in their stored order."""
-        x, offsets = self._gathered(ids, part, 0)
-        return Block(x, self._gathered(ids, part, 1)[0], offsets)
+        numbers, offsets = self._numbers(ids, part)
+        return Block(self._taken(numbers, 0), self._taken(numbers, 1), offsets)
 
-    def _gathered(self, ids: np.ndarray, part: str, column: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of column 0 (x) or 1 (y) of the clients' part, and their offsets."""
+    def _numbers(self, ids: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the rows of the clients' part, and where each client starts in them."""
         ids = checked_ids(ids, self.num_clients)
-        sizes = self.sizes(ids, part)
-        offsets, starts = offsets_of(sizes), self._batch_starts
-        like = self._columns[0][column]
-        out = np.empty((int(offsets[-1]), *like.shape[1:]), dtype=like.dtype)
-        first, last = self._offsets[ids], self._offsets[ids + 1]
-        batches = np.searchsorted(starts, first, side="right") - 1
-        # Most clients lie in one batch, and often all of their rows are asked for.
-        simple = (last <= starts[batches + 1]) & (sizes == last - first)
-        first_in_batch, held = first - starts[batches], np.flatnonzero(simple & (sizes > 0))
-        wanted = (batches, first_in_batch, first_in_batch + sizes, offsets[:-1], offsets[1:])
-        for batch, low, high, into, end in zip(*(w[held].tolist() for w in wanted), strict=True):
-            out[into:end] = self._columns[batch][column][low:high]
-        for at in np.flatnonzero(~simple):
-            into = offsets[at]
-            for rows in self._pieces(first[at], last[at], part, column):
-                out[into : into + len(rows)] = rows
-                into += len(rows)
-        return out, offsets
+        offsets = offsets_of(self.sizes(ids, part))
+        numbers = _ranges(self._offsets[ids], self._offsets[ids + 1])
+        if part != "all":
+            numbers = numbers[self._parts.codes[numbers] == CODES[part]]
+        return numbers, offsets
 
-    def _pieces(self, low: int, high: int, part: str, column: int) -> Iterator[np.ndarray]:
-        """Those of the rows `low` to `high` that belong to the part, batch by batch."""
-        starts = self._batch_starts
-        while low < high:
-            batch = np.searchsorted(starts, low, side="right") - 1
-            end = min(high, starts[batch + 1])
-            rows = self._columns[batch][column][low - starts[batch] : end - starts[batch]]
-            yield rows if part == "all" else rows[self._parts.codes[low:end] == CODES[part]]
-            low = end
+    def _taken(self, numbers: np.ndarray, column: int) -> np.ndarray:
+        """Rows of column 0 (x) or 1 (y) by number."""
+        like = self._columns[0][column]
+        out = np.empty((len(numbers), *like.shape[1:]), dtype=like.dtype)
+        # Batch by batch, and within one in the order of the file: pages are read once and ahead.
+        order = None if (np.diff(numbers) >= 0).all() else np.argsort(numbers, kind="stable")
+        sorted_numbers = numbers if order is None else numbers[order]
+        edges = np.searchsorted(sorted_numbers, self._batch_starts)
+        for batch in np.flatnonzero(np.diff(edges)):
+            here = slice(edges[batch], edges[batch + 1])
+            source, rows = self._columns[batch][column], sorted_numbers[here]
+            rows = rows - self._batch_starts[batch]
+            if order is None:
+                np.take(source, rows, axis=0, out=out[here], mode="clip")  # "raise" copies twice
+            else:
+                out[order[here]] = source[rows]
+        return out
+
+
+def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The numbers from each `first` up to its `last`, end to end.
+
+    >>> _ranges(np.array([3, 7, 0]), np.array([5, 7, 2])).tolist()
+    [3, 4, 0, 1]
+    """
+    sizes = last - first
+    return np.repeat(first - offsets_of(sizes)[:-1], sizes) + np.arange(sizes.sum())
 
 
 def read_manifest(path: Path) -> dict:

@@ -26,7 +26,7 @@ from subfleet.datasets.federation import Federation, offsets_of
 from subfleet.datasets.tables import Upcoming, to_table
 
 SMALL_BLOCK = 16 << 20  # bytes; less, and a block's task costs more than its copy
-LARGE_BLOCK = 64 << 20  # tasks that are fewer leave more to the training; delays the first round
+LARGE_BLOCK = 64 << 20  # fewer tasks leave more to the training; but each node fetches it whole
 SHARE = 0.1  # of the object store's memory, for one window
 PATIENCE_S = 60.0
 WINDOW_ROUNDS = 16  # at most; more would be read long before it is of use
@@ -154,10 +154,9 @@ class CohortStream:
         """The pieces of as many rounds as the budget holds, and their bytes."""
         window: list[_Piece] = []
         held = rounds = 0
-        large = min(LARGE_BLOCK, max(SMALL_BLOCK, self._window_bytes // 4))
         for round in range(first, last + 1):
             # Hosts wait for the first round's.
-            block = SMALL_BLOCK if round == first else large
+            block = SMALL_BLOCK if round == first else self._later_block
             pieces = list(self._pieces(round, upcoming(round), block))
             size = sum(piece.rows for piece in pieces) * self._row_bytes
             full = rounds >= WINDOW_ROUNDS or held + size > self._window_bytes
@@ -181,6 +180,11 @@ class CohortStream:
     def _row_bytes(self) -> int:
         dtype = self._data.block(np.empty(0, np.int64), "train").x.dtype
         return int(np.prod(self._data.input_shape)) * dtype.itemsize + 16
+
+    @functools.cached_property
+    def _later_block(self) -> int:
+        largest = LARGE_BLOCK if _nodes() == 1 else SMALL_BLOCK
+        return min(largest, max(SMALL_BLOCK, self._window_bytes // 4))
 
     @property
     def _window_bytes(self) -> int:
@@ -244,9 +248,12 @@ def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any
     numbers = ray.data.from_items(list(range(len(pieces))), override_num_blocks=len(pieces))
     # Hosts may leave no whole core free on any one node, so a task asks for next to nothing,
     # and their number is bounded otherwise.
-    nodes = sum(node["Alive"] for node in ray.nodes())
     blocks = numbers.map_batches(
-        read, batch_size=None, num_cpus=0.01, concurrency=nodes, ray_remote_args_fn=bounded_retries
+        read,
+        batch_size=None,
+        num_cpus=0.01,
+        concurrency=_nodes(),
+        ray_remote_args_fn=bounded_retries,
     )
     blocks.context.execution_options.preserve_order = True
     blocks.context.target_max_block_size = 1 << 40  # a block holds whole clients
@@ -254,6 +261,12 @@ def _blocks_of(data: Federation, pieces: Sequence[_Piece]) -> Iterator[tuple[Any
     for bundle in blocks.iter_internal_ref_bundles():
         for ref, facts in zip(bundle.block_refs, bundle.metadata, strict=True):
             yield ref, facts.num_rows
+
+
+def _nodes() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 @functools.lru_cache(maxsize=2)

@@ -88,8 +88,10 @@ def test_many_batches_read_like_one(tmp_path, monkeypatch):
     one, many = Store(tmp_path / "one"), Store(tmp_path / "many")
     assert len(many._batches) == 6 and len(one._batches) == 1
     ids = np.array([5, 2, 3])
-    for part in ("train", "test"):
-        assert np.array_equal(one.block(ids, part).x, many.block(ids, part).x)
+    for part in ("train", "test", "all"):
+        for chosen in (ids, np.sort(ids), ids[:1], ids[:0]):
+            for a, b in zip(one.block(chosen, part), many.block(chosen, part), strict=True):
+                assert np.array_equal(a, b)
     numbers = np.array([32, 0, 5, 5, 17])
     assert np.array_equal(one.rows(numbers), many.rows(numbers))
     assert np.array_equal(one.labels(), many.labels())

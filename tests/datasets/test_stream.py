@@ -57,6 +57,23 @@ def test_every_round_gets_its_rows_whatever_the_window(store: Store) -> None:
         stream.close()
 
 
+def test_blocks_grow_after_the_first_round(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Twelve clients of eight rows of a kilobyte: three blocks, then one.
+    monkeypatch.setattr("subfleet.datasets.stream.SMALL_BLOCK", 4 * 8 * (1024 + 16))
+    stream, ids = CohortStream(store), np.arange(12)
+    stream.begin(lambda round: Upcoming(ids, ("train",)), 1, 2)
+    assert [len(stream.blocks(round, ids, "train")) for round in (1, 2)] == [3, 1]
+    assert_same_rows(stream, store, 2, ids[3:11])
+    stream.close()
+    few = CohortStream(store)
+    few.begin(lambda round: Upcoming(ids, ("train",)), 1, 1)
+    for clients, blocks in ((ids[:4], 1), (ids[3:5], 2), (ids[[0, 11]], 2)):
+        assert len(few.blocks(1, clients, "train")) == blocks
+        assert_same_rows(few, store, 1, clients)
+    assert few.blocks(1, ids[:0], "train") == []
+    few.close()
+
+
 def test_no_more_than_two_windows_are_held(store: Store) -> None:
     size = 12 * 8 * (1024 + 16)
     stream = CohortStream(store, budget=2 * size)  # two rounds a window
