@@ -112,9 +112,13 @@ class OperatorMetrics:
         self._set_gauges()
 
     def on_hosts(self, alive: int, in_flight: int) -> None:
-        """How many hosts there are, and what they have at hand; comes every few seconds."""
+        """How many hosts there are, and what they have at hand; comes with every bundle."""
+        rare = not in_flight or alive != self._gauges.get(("subfleet_hosts_alive", ""))
         self._note("subfleet_hosts_alive", alive)
         self._note("subfleet_bundles_in_flight", in_flight)
+        if rare:  # nobody may ask for a while, and then it must not say that hosts are at work
+            self._set("subfleet_hosts_alive")
+            self._set("subfleet_bundles_in_flight")
         self._set_when_due()
 
     def on_round(self, record: dict[str, Any], coverage: dict[str, np.ndarray]) -> None:
@@ -141,8 +145,12 @@ class OperatorMetrics:
 
     def _set_gauges(self) -> None:
         self._again_at = time.monotonic() + AGAIN_S
-        for (name, tag), value in self._gauges.items():
-            self._metrics[name].set(value, {_BY_NAME[name].tag: tag} if tag else None)
+        for name, tag in self._gauges:
+            self._set(name, tag)
+
+    def _set(self, name: str, tag: str = "") -> None:
+        tags = {_BY_NAME[name].tag: tag} if tag else None
+        self._metrics[name].set(self._gauges[name, tag], tags)
 
     def _note(self, name: str, value: float | None, tag: str = "") -> None:
         """Count or observe a value, or keep it for its gauge; nothing unknown or not finite."""

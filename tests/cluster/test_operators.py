@@ -178,11 +178,13 @@ def gauges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
         told.append((gauge.info["name"], value))
 
     monkeypatch.setattr("ray.util.metrics.Gauge.set", noted)
-    monkeypatch.setattr(operators, "AGAIN_S", 0.2)
     return told
 
 
-def test_rounds_alone_keep_gauges_alive(gauges: list[tuple[str, float]]) -> None:
+def test_rounds_alone_keep_gauges_alive(
+    gauges: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "AGAIN_S", 0.2)
     metrics = OperatorMetrics()
     metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
     metrics.on_hosts(2, 0)
@@ -195,16 +197,26 @@ def test_rounds_alone_keep_gauges_alive(gauges: list[tuple[str, float]]) -> None
 
 
 def test_bundles_that_come_and_go_set_no_gauge_until_it_is_due(
-    gauges: list[tuple[str, float]],
+    gauges: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(operators, "AGAIN_S", 600.0)
     metrics = OperatorMetrics()
     metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    assert sorted(gauges) == [("subfleet_round", 0.0), ("subfleet_rounds", 9.0)]
     gauges.clear()
     for in_flight in (1, 2, 1):
-        metrics.on_hosts(1, in_flight)
-    assert gauges == []
+        metrics.on_hosts(2, in_flight)
+    assert gauges == [("subfleet_hosts_alive", 2.0), ("subfleet_bundles_in_flight", 1.0)]
+    gauges.clear()
+    metrics.on_hosts(1, 2)  # one was lost
+    metrics.on_hosts(1, 0)  # all is done: the server's step begins
+    assert gauges == [
+        *[("subfleet_hosts_alive", 1.0), ("subfleet_bundles_in_flight", 2.0)],
+        *[("subfleet_hosts_alive", 1.0), ("subfleet_bundles_in_flight", 0.0)],
+    ]
+    gauges.clear()
     metrics.on_end({})
-    assert ("subfleet_bundles_in_flight", 0.0) in gauges and len(gauges) == 4
+    assert {("subfleet_hosts_alive", 0.0), ("subfleet_rounds", 9.0)} <= set(gauges)
 
 
 def test_the_document_states_them_and_no_others() -> None:
