@@ -108,9 +108,12 @@ class RayExecutor:
         self._strays: dict[Any, _Host] = {}  # calls whose results nobody waits for any more
 
     def expect(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
-        """Starts the stream of rows, where there is one."""
-        if self._stream is not None:
-            self._stream.begin(upcoming, first, last)
+        """Starts the stream of rows, where there is one.
+
+        Hosts read the first round for themselves, before Ray Data has started its processes.
+        """
+        if self._stream is not None and first < last:
+            self._stream.begin(upcoming, first + 1, last)
 
     def run(
         self, bundles: Sequence[Bundle], shared: Mapping[int, Params]
