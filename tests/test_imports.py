@@ -40,6 +40,7 @@ ENGINE = {
         "record",
         "steps",
         "graphs",
+        "calls",
         "memory",
         "compiling",
     ),
