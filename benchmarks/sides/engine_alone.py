@@ -5,7 +5,7 @@ Needs torch and NumPy, and no Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ from subfleet.platform.record import (
     Choice,
     EngineRecord,
     candidates,
-    in_compiled_steps,
     possible,
     variant_name,
 )
@@ -68,7 +67,7 @@ def choice_for(net: SuperNetwork, device: str, how: How) -> Choice:
         return held
     ways = possible(net, LossProgram(cross_entropy, LocalRule(lr=LR), Stream()))
     first, *_ = candidates(net, variant, device, how.engine, how.dtype, ways=ways, round=1)
-    return in_compiled_steps(net, first) if how.compiled else first
+    return replace(first, compiled=how.compiled)
 
 
 def start(name: str, device: str, processes: int, how: How) -> Prepare:

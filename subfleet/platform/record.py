@@ -27,7 +27,6 @@ Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
 SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 16 << 20
-COMPILED_BYTES = 6 << 20  # of weights side by side where steps are compiled
 FULL = IndexMap.full()
 
 
@@ -222,15 +221,3 @@ def candidates(
         for way, width in dict.fromkeys(order)
         if way in ways
     ]
-
-
-def in_compiled_steps(net: SuperNetwork, choice: Choice) -> Choice:
-    """The same with compiled steps, which cost so little to call that fewer clients are enough.
-
-    On a CPU the fastest were as many as have `COMPILED_BYTES` of weights (docs/performance.md).
-    """
-    width = choice.side_by_side
-    if choice.way == "vmap" and choice.device == "cpu":
-        inside = COMPILED_BYTES // (4 * net.stored_params(FULL))
-        width = max(2, min(width, 1 << max(0, inside.bit_length() - 1)))
-    return replace(choice, compiled=True, side_by_side=width)

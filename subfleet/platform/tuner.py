@@ -32,7 +32,7 @@ from subfleet.platform.bundles import Trial
 from subfleet.platform.executor import Executor
 from subfleet.platform.files import json_bytes, write_atomic
 from subfleet.platform.job import Job
-from subfleet.platform.record import Choice, candidates, in_compiled_steps, possible, variant_name
+from subfleet.platform.record import Choice, candidates, possible, variant_name
 from subfleet.platform.runfolder import RunFolder
 
 MOST_TRIED = 3  # variants; the others go by the one nearest in arithmetic
@@ -100,7 +100,7 @@ class Tuner:
             choice = self._at(name, round)
             if choice.way != "loop" and not choice.compiled:
                 some = tuple(tasks[name][: max(2, choice.side_by_side)])
-                trial = Trial(0, round, some, (choice, in_compiled_steps(self.net, choice)))
+                trial = Trial(0, round, some, (choice, replace(choice, compiled=True)))
                 self._compiling[name] = self._aside.start(trial, plan.shared)
 
     def settle(self, round: int) -> list[str]:
@@ -124,8 +124,7 @@ class Tuner:
                 )
                 continue
             why = f"{1e3 * after:.3g} ms a client's step beside the run; {1e3 * before:.3g} before"
-            found = in_compiled_steps(self.net, choice)
-            self._extend([replace(found, from_round=round, reason=why)])
+            self._extend([replace(choice, compiled=True, from_round=round, reason=why)])
         return told
 
     def narrow(self, variant: str, round: int) -> None:

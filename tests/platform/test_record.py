@@ -10,12 +10,11 @@ from torch import nn
 
 from subfleet.core.errors import InputError
 from subfleet.core.program import ClientResult, RunProgram, StepProgram
-from subfleet.models import chain, char_lstm, logreg, supernet
+from subfleet.models import chain, char_lstm, supernet
 from subfleet.platform.record import (
     Choice,
     EngineRecord,
     candidates,
-    in_compiled_steps,
     possible,
     variant_name,
 )
@@ -193,14 +192,3 @@ def test_a_choice_says_what_was_asked():
     assert variant_name((8, 4)) == "(8, 4)"
     (choice,) = tried(toys.mlp(), engine="loop", dtype="bfloat16")
     assert choice == Choice("(1, 2)", "cpu", "loop", dtype="bfloat16", from_round=3)
-
-
-def test_compiled_steps_take_fewer_clients_side_by_side():
-    wide = Choice("v", "cpu", "vmap", 64)
-    net = logreg(input_shape=(1, 28, 28), num_classes=62)  # 195 kB a client
-    found = in_compiled_steps(net, wide)
-    assert (found.side_by_side, found.compiled) == (32, True)
-    assert in_compiled_steps(toys.mlp(), wide).side_by_side == 64  # all of them fit
-    assert in_compiled_steps(net, Choice("v", "cpu", "vmap", 4)).side_by_side == 4
-    assert in_compiled_steps(net, Choice("v", "cuda", "vmap", 256)).side_by_side == 256
-    assert in_compiled_steps(net, Choice("v", "cpu", "traced")).side_by_side == 1
