@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
-
-from torch import Tensor
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 Number = TypeVar("Number")
 
@@ -21,19 +21,16 @@ class Scaling(NamedTuple):
 
     def apply(self, x: Number) -> Number:
         """The scaled values of a tensor, an array or a number."""
-        if self.factor != 1.0:
-            x = x * self.factor  # type: ignore[operator]
-        if self.shift != 0.0:
-            x = x + self.shift  # type: ignore[operator]
-        return x
+        return self._scaled(x, operator.mul, operator.add)
 
-    def apply_(self, x: Tensor) -> Tensor:
-        """The same in the tensor's own memory."""
+    def apply_(self, x: Number) -> Number:
+        """The same in the memory of a tensor or an array."""
+        return self._scaled(x, operator.imul, operator.iadd)
+
+    def _scaled(self, x: Any, times: Callable[..., Any], plus: Callable[..., Any]) -> Any:
         if self.factor != 1.0:
-            x = x.mul_(self.factor)
-        if self.shift != 0.0:
-            x = x.add_(self.shift)
-        return x
+            x = times(x, self.factor)
+        return plus(x, self.shift) if self.shift != 0.0 else x
 
 
 AS_STORED = Scaling()

@@ -66,7 +66,6 @@ class CohortStream:
         self._change = Condition()
         self._blocks: dict[tuple[int, str], list[tuple[_Piece, Any]]] = {}
         self._held: dict[int, int] = {}  # bytes of each round that is here or on its way
-        self._first = 0
         self._wanted = 0  # the round that trains
         self._read_to = 0  # the last round of which all blocks are here
         self._error: BaseException | None = None
@@ -75,14 +74,16 @@ class CohortStream:
 
     def begin(self, upcoming: Callable[[int], Upcoming], first: int, last: int) -> None:
         """Starts to read the rounds `first` to `last`; `upcoming` must be a pure function."""
-        self._first = self._wanted = first
-        self._parts = functools.lru_cache(maxsize=4)(lambda round: upcoming(round).parts)
+        self._wanted = first
+        self._parts = functools.lru_cache(maxsize=4)(
+            lambda round: upcoming(round).parts if round >= first else ()
+        )
         work = (upcoming, first, last)
         Thread(target=self._run, args=work, name="cohort stream", daemon=True).start()
 
     def parts(self, round: int) -> tuple[str, ...]:
         """The parts of a round that are streamed; none before `begin`, or before its first."""
-        return self._parts(round) if round >= self._first else ()
+        return self._parts(round)
 
     def blocks(self, round: int, ids: np.ndarray, part: str) -> list[Any]:
         """References of the tables that hold `ids`' rows of `part`; waits until they are read.

@@ -181,12 +181,18 @@ def gauges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     return told
 
 
+def begun() -> OperatorMetrics:
+    """The metrics of a run of nine rounds, of which none is done."""
+    metrics = OperatorMetrics()
+    metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    return metrics
+
+
 def test_rounds_alone_keep_gauges_alive(
     gauges: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "AGAIN_S", 0.2)
-    metrics = OperatorMetrics()
-    metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    metrics = begun()
     metrics.on_hosts(2, 0)
     # No round says how many hosts there are: that gauge is Ray's to forget.
     for _ in range(2):
@@ -200,8 +206,7 @@ def test_bundles_that_come_and_go_set_no_gauge_until_it_is_due(
     gauges: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "AGAIN_S", 600.0)
-    metrics = OperatorMetrics()
-    metrics.on_start({"run_folder": "runs/a", "rounds": 9, "start": 0})
+    metrics = begun()
     assert sorted(gauges) == [("subfleet_round", 0.0), ("subfleet_rounds", 9.0)]
     gauges.clear()
     for in_flight in (1, 2, 1):
