@@ -8,6 +8,7 @@ With m_k[j] in {0, 1} the coverage of client k at coordinate j and a_k its weigh
 a_k = 1 gives ADDS (Eq. 19), a_k = n_k gives APFL's FedPA and, with full maps, FedAvg.
 Sums are float64 and clients are added one by one, in the order of the calls. A leaf
 that no map cuts (see `subfleet.core.units`) is covered as a whole by whoever returns it.
+What clients return as factors (`subfleet.core.lowrank`) is multiplied out for several at once.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subfleet.core import wide
 from subfleet.core.errors import InputError
+from subfleet.core.lowrank import LowRank, Owed, dense
 from subfleet.core.units import IndexMap, Tensors, UnitSpace
 
-_CACHED = 1 << 16  # entries whose float64 copies stay in a core's cache
 DENSE_LIMIT = 8
 """With more distinct maps than this an update keeps full-size sums instead of one per map."""
 
@@ -38,9 +40,18 @@ class Part:
     """The sum over all clients with one map and one set of tensor names."""
 
     map: IndexMap
-    total: Tensors  # sum_k a_k theta_k in the small space, float64
+    sums: Tensors  # float64, in the small space, without what is owed
     weight: float  # sum_k a_k
     clients: int
+    owed: dict[str, Owed] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensors:
+        """sum_k a_k theta_k in the small space, float64."""
+        for name, owed in self.owed.items():
+            self.sums[name] = owed.settled(self.sums.get(name))
+        self.owed = {}
+        return self.sums
 
 
 @dataclass
@@ -95,13 +106,14 @@ def accumulate(
     update: Update,
     space: UnitSpace,
     map: IndexMap,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | LowRank],
     weight: float = 1.0,
 ) -> None:
     """Add one client, in place: `tensors` are its small tensors, `weight` its a_k >= 0.
 
-    The tensors are on the CPU, of any floating type, and are not kept. Raises `InputError` for a
-    weight that is negative or not finite and for wrong shapes.
+    The tensors are on the CPU, of any floating type, and are not kept; factors may be on any
+    device, and are kept for a while. Raises `InputError` for a weight that is negative or not
+    finite and for wrong shapes.
 
     >>> from subfleet.core.units import Unit
     >>> space = UnitSpace({"h": 4}, {"b": (Unit("h"),)}, {"b": (4,)})
@@ -116,7 +128,7 @@ def accumulate(
     _own(update)
     weight = float(weight)
     if update.dense is not None:
-        _add_dense(update.dense, space, map, tensors, weight, clients=1, scale=weight)
+        _add_dense(update.dense, space, map, dense(tensors), weight, clients=1, scale=weight)
     else:
         key = _key(map, tensors)
         part = update.parts.get(key)
@@ -183,7 +195,7 @@ def finish(
         raise InputError(f"unknown normaliser {normaliser!r}; choose count or all")
     if normaliser == "count" and (only := _only_full_part(update, space)) is not None:
         _refuse_misfits(only.total, current)
-        mean = {n: _mean(t, only.weight, current[n].dtype) for n, t in only.total.items()}
+        mean = {n: wide.mean(t, only.weight, current[n].dtype) for n, t in only.total.items()}
         return {name: mean.get(name, tensor) for name, tensor in current.items()}
     num, den = sums(update, space)
     _refuse_misfits(num, current)
@@ -195,9 +207,9 @@ def finish(
             mean = num[name].div_(den[name].masked_fill_(~covered, 1.0))
             new[name] = torch.where(covered, mean.to(now.dtype), now)
         elif update.weight > 0:
-            wide = now.to(torch.float64)
-            step = num[name].sub_(den[name].mul_(wide)).div_(update.weight)
-            new[name] = step.add_(wide).to(now.dtype)
+            before = now.to(torch.float64)
+            step = num[name].sub_(den[name].mul_(before)).div_(update.weight)
+            new[name] = step.add_(before).to(now.dtype)
     return new
 
 
@@ -226,56 +238,41 @@ def coverage_counts(update: Update, space: UnitSpace) -> dict[str, np.ndarray]:
 # -- parts and dense sums
 
 
-def _key(map: IndexMap, tensors: Mapping[str, Tensor]) -> PartKey:
+def _key(map: IndexMap, tensors: Mapping[str, Tensor | LowRank]) -> PartKey:
     return map.key, frozenset(tensors)
 
 
-def _first(space: UnitSpace, map: IndexMap, tensors: Mapping[str, Tensor], weight: float) -> Part:
+def _first(
+    space: UnitSpace, map: IndexMap, tensors: Mapping[str, Tensor | LowRank], weight: float
+) -> Part:
     space.check(tensors, map)
-    # Contiguous whatever the trainer's memory format, so that Ray can pass it on uncopied.
-    total = {
-        name: torch.empty_like(tensor, dtype=torch.float64, memory_format=torch.contiguous_format)
-        .copy_(tensor)
-        .mul_(weight)
-        for name, tensor in tensors.items()
-    }
-    return Part(map, total, weight, 1)
+    part = Part(map, {}, weight, 1)
+    for name, tensor in tensors.items():
+        _add(part, name, tensor, weight)
+    return part
 
 
-def _add_to_part(part: Part, tensors: Mapping[str, Tensor], weight: float) -> None:
-    # num += a_k theta_k
-    for name, total in part.total.items():
-        tensor = tensors[name]
-        if tensor.shape != total.shape:
-            raise _shapes_differ(name, tensor, total)
-        _add_wide(total, tensor, weight)
+def _add_to_part(part: Part, tensors: Mapping[str, Tensor | LowRank], weight: float) -> None:
+    for name, tensor in tensors.items():
+        _add(part, name, tensor, weight)
     part.weight += weight
     part.clients += 1
 
 
-def _add_wide(total: Tensor, tensor: Tensor, weight: float) -> None:
-    """Total += weight * tensor in float64, by stretches that stay in the cache.
-
-    Widened as a whole, a large tensor would be written to memory and read again. A small
-    one is a stretch of its own, for which cutting would cost more than adding.
-    """
-    if tensor.numel() <= _CACHED or not (total.is_contiguous() and tensor.is_contiguous()):
-        total.add_(tensor, alpha=weight)
-        return
-    stretches = zip(total.view(-1).split(_CACHED), tensor.view(-1).split(_CACHED), strict=True)
-    for into, piece in stretches:
-        into.add_(piece.to(torch.float64), alpha=weight)
-
-
-def _mean(total: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """Total / weight in another dtype, by the same stretches."""
-    if total.numel() <= _CACHED or not total.is_contiguous():
-        return (total / weight).to(dtype)
-    mean = torch.empty(total.shape, dtype=dtype, device=total.device)
-    stretches = zip(mean.view(-1).split(_CACHED), total.view(-1).split(_CACHED), strict=True)
-    for into, piece in stretches:
-        into.copy_(piece / weight)
-    return mean
+def _add(part: Part, name: str, tensor: Tensor | LowRank, weight: float) -> None:
+    """Num += a_k theta_k, of one tensor."""
+    total = part.sums.get(name)
+    if total is not None and tensor.shape != total.shape:
+        raise _shapes_differ(name, tensor, total)
+    if isinstance(tensor, LowRank):
+        owed = part.owed.setdefault(name, Owed())
+        owed.add(tensor, weight)
+        if owed.is_much():
+            part.sums[name] = owed.multiplied(total)
+    elif total is not None:
+        wide.add_(total, tensor, weight)
+    else:
+        part.sums[name] = wide.widened(tensor, weight)
 
 
 def _summed(a: Update, b: Update) -> Update:
@@ -344,7 +341,7 @@ def _add_sums(into: Tensors, other: Tensors) -> None:
             raise _shapes_differ(name, tensor, into[name])
 
 
-def _shapes_differ(name: str, tensor: Tensor, total: Tensor) -> InputError:
+def _shapes_differ(name: str, tensor: Tensor | LowRank, total: Tensor) -> InputError:
     return InputError(
         f"tensor {name!r} has shape {tuple(tensor.shape)}, other clients with its map "
         f"{tuple(total.shape)}; use the map that the tensor was cut with"

@@ -15,7 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ from subfleet.core.space import Space
 
 Tensors = dict[str, Tensor]
 """A flat parameter tree with module-style names, such as "conv1.weight"."""
+
+
+class Shaped(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its size along each axis."""
+        ...
 
 
 class _Cut(NamedTuple):
@@ -219,7 +228,7 @@ class UnitSpace(Space):
         self.add_constant_(dense, map, 1.0)
         return dense
 
-    def check(self, small: Mapping[str, Tensor], map: IndexMap) -> None:
+    def check(self, small: Mapping[str, Shaped], map: IndexMap) -> None:
         """Raise `InputError` unless every tensor has the shape that the map cuts out.
 
         Free leaves have any shape.
@@ -229,7 +238,7 @@ class UnitSpace(Space):
             self._checked(cuts, name, tensor)
 
     def _checked(
-        self, cuts: _Cuts, name: str, small: Tensor, full: Mapping[str, Tensor] | None = None
+        self, cuts: _Cuts, name: str, small: Shaped, full: Mapping[str, Tensor] | None = None
     ) -> _Cut:
         cut = cuts[name]
         if cut is _ABSENT:
