@@ -44,7 +44,7 @@ ENGINE = {
         "memory",
         "compiling",
     ),
-    *("layers", "returned"),
+    *("layers", "returned", "factors", "products"),
 }
 
 

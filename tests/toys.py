@@ -159,11 +159,11 @@ def task(
 
 
 def choices(
-    tasks: list[ClientTask], way: Way, width: int = 16, dtype: Dtype = "float32"
+    tasks: list[ClientTask], way: Way, width: int = 16, **options: Any
 ) -> dict[str, Choice]:
     """One entry for each variant."""
     names = {variant_name(t.variant) for t in tasks}
-    return {n: Choice(n, "cpu", way, width if way == "vmap" else 1, dtype=dtype) for n in names}
+    return {n: Choice(n, "cpu", way, width if way == "vmap" else 1, **options) for n in names}
 
 
 def run_bundle(
@@ -178,13 +178,13 @@ def run_bundle(
     local_test: bool = False,
     own: list | None = None,
     worker: Worker | None = None,
+    factored: bool = False,
 ) -> BundleResult:
     """A bundle run as a host would."""
     net, seed = algorithm.setting.net, algorithm.setting.seed
     worker = worker or Worker(Work(net, algorithm, Scaling(), seed), data, "cpu")
-    bundle = TrainBundle(
-        0, round, tuple(tasks), choices(tasks, way, width), 1.0, local_test, own or []
-    )
+    chosen = choices(tasks, way, width, factored=factored)
+    bundle = TrainBundle(0, round, tuple(tasks), chosen, 1.0, local_test, own or [])
     return worker.run(bundle, {0: shared})
 
 
@@ -204,7 +204,7 @@ def each(
     compiled: bool = False,
 ) -> list[tuple[Params, float, int]]:
     """Every client of one variant on its own: (what it uploads, mean loss, steps)."""
-    (choice,) = choices(tasks, way, width, dtype).values()
+    (choice,) = choices(tasks, way, width, dtype=dtype).values()
     choice = replace(choice, compiled=compiled)
     ids = np.array([t.client for t in tasks])
     chunk = Chunk(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from subfleet.core import seeds
-from subfleet.core.program import ClientProgram, ClientResult, ClientTask, Params, Stream
+from subfleet.core.lowrank import LowRank
+from subfleet.core.program import (
+    ClientProgram,
+    ClientResult,
+    ClientTask,
+    LossProgram,
+    Params,
+    Stream,
+)
 from subfleet.core.scaling import Scaling
 from subfleet.core.supernet import SuperNetwork
 from subfleet.platform import batches
@@ -46,7 +54,10 @@ class Images(Protocol):
 
 
 class Trained(NamedTuple):
-    """One client after its program ran."""
+    """One client after its program ran.
+
+    `factors` are weights of its update that are not written out, where results are only summed.
+    """
 
     result: ClientResult
     loss: float  # mean over the rows seen; NaN where the program has none
@@ -54,11 +65,15 @@ class Trained(NamedTuple):
     rows: int
     healthy: bool  # no NaN or infinity in its loss and tensors
     params: Params | None  # the locally trained network, for the local test
+    factors: Mapping[str, LowRank] = {}
 
 
 @dataclass
 class Chunk:
-    """Clients of one variant; `positions` are their places in the bundle's blocks."""
+    """Clients of one variant; `positions` are their places in the bundle's blocks.
+
+    `sums`: what they return is added up, and nobody looks at a single one's weights.
+    """
 
     net: SuperNetwork
     program: ClientProgram
@@ -71,6 +86,7 @@ class Chunk:
     seed: int
     round: int
     scale: Scaling
+    sums: bool = False
     _slices: dict[tuple[int, bytes], Params] = field(default_factory=dict)
 
     @property
@@ -145,15 +161,24 @@ class Chunk:
         """The client's steps as row numbers."""
         if (steps := self.tasks[index].steps) is not None:
             stream = replace(stream, steps=steps)
-        block, at = self.blocks[stream.part], self.positions[index]
         return batches.steps(
             stream,
-            int(block.offsets[at + 1] - block.offsets[at]),
+            self._count(index, stream.part),
             seed=self.seed,
             round=self.round,
             client=self.tasks[index].client,
             min_batch=2 if self.net.statistics else 1,
         )
+
+    def most_steps(self, group: Sequence[int]) -> int:
+        """The most steps that one of some clients has, those of its own task left aside."""
+        assert isinstance(self.program, LossProgram)
+        stream = self.program.stream
+        return max(stream.num_steps(self._count(i, stream.part)) for i in group)
+
+    def _count(self, index: int, part: str) -> int:
+        block, at = self.blocks[part], self.positions[index]
+        return int(block.offsets[at + 1] - block.offsets[at])
 
     def noise_key(self, index: int) -> int:
         """The key of a client's first step; step i adds i."""

@@ -160,6 +160,8 @@ class Engine:
     ) -> BundleResult:
         started = perf_counter()
         tally = _Tally(self.work.net, program, len(bundle.tasks), collect=collect)
+        plain = isinstance(program, LossProgram) and program.finish is None
+        sums = plain and not collect and not bundle.local_test
         for variant, positions in bundle.chunks():
             tasks = [bundle.tasks[i] for i in positions]
             choice = bundle.choices[variant_name(variant)]
@@ -176,6 +178,7 @@ class Engine:
                 seed=self.work.seed,
                 round=bundle.round,
                 scale=self.work.scale,
+                sums=sums,
             )
             resident = self.resident(tasks[0].map, choice)
             way = mapped if choice.way == "vmap" else loop
@@ -329,10 +332,11 @@ class _Tally:
         # What it trained, which may be more than what it returns.
         trained_macs = macs if map is task.map else self._cost(task.map)[1]
         spent = flops(self.program, trained_macs, trained.rows)
-        sent = 4 * sum(value.numel() for value in result.update.values())
+        written = {name: value.cpu() for name, value in result.update.items()}
+        update = {**written, **trained.factors}
+        sent = 4 * sum(value.numel() for value in update.values())
         if healthy:
             if self.update is not None:
-                update = {name: value.cpu() for name, value in result.update.items()}
                 aggregate.accumulate(self.update, self.net.space, map, update, task.weight)
             elif self.collected is not None:
                 self.collected.append(Collected(task, _detached(result)))

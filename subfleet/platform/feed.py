@@ -63,11 +63,9 @@ class Feed:
         y = self.y.index_select(0, rows).unflatten(0, self.size)
         return (x, y) if self._full_S[step] else (x, y, self.weight_KSB[:, step])
 
-    def active(self, step: int) -> Tensor | None:
+    def active(self, step: int) -> np.ndarray | None:
         """Which clients still have this step, bool [K]; None where all have."""
-        if self._active_S[step]:
-            return None
-        return torch.from_numpy(self.num_rows_KS[:, step] > 0).to(self.device)
+        return None if self._active_S[step] else self.num_rows_KS[:, step] > 0
 
     def means(self, losses: list[Tensor]) -> list[float]:
         """Each client's loss over its rows, from the [K] losses of every step; NaN for none."""

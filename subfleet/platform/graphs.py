@@ -10,26 +10,25 @@ kernels on a CPU wait for memory more than for arithmetic, so these rewrites pay
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 
 Node = Any  # a torch.fx.Node, whose arguments may be anything at all
-_aten: Any = torch.ops.aten
-_torch: Any = torch
+aten: Any = torch.ops.aten
 _VIEWS = (
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.expand.default,
-    _aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.reshape.default,
 )
-_TRANSPOSES = (_aten.t.default, _aten.transpose.int)
-_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
+TRANSPOSES = (aten.t.default, aten.transpose.int)
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
 # What makes a tensor of its own, alone or as the first of several; a split's items are views.
-_OWN = (*_PRODUCTS, _aten.convolution.default, _aten.addmm.default)
-_FIRST_OWN = (_aten.max_pool2d_with_indices.default, _aten.native_batch_norm.default)
+_OWN = (*_PRODUCTS, aten.convolution.default, aten.addmm.default)
+_FIRST_OWN = (aten.max_pool2d_with_indices.default, aten.native_batch_norm.default)
 
 
 def tidy(module: GraphModule, *, in_place: bool = True) -> None:
@@ -39,12 +38,12 @@ def tidy(module: GraphModule, *, in_place: bool = True) -> None:
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
-    for node in _calls(graph, _aten.relu.default):
+    for node in _calls(graph, aten.relu.default):
         _behind_pool(graph, node)
-    for node in _calls(graph, _aten.relu.default):
+    for node in _calls(graph, aten.relu.default):
         before = node.args[0]
         if in_place and _is_own(before) and len(before.users) == 1:
-            node.target = _aten.relu_.default
+            node.target = aten.relu_.default
     graph.eliminate_dead_code()
     module.recompile()
 
@@ -68,9 +67,9 @@ def _shape(node: Any) -> tuple[int, ...] | None:
 def _does_nothing(node: Node) -> bool:
     if node.op != "call_function":
         return False
-    if node.target is _aten.detach.default:
+    if node.target is aten.detach.default:
         return True
-    if node.target is _aten.mul.Scalar:
+    if node.target is aten.mul.Scalar:
         return type(node.args[1]) is int and node.args[1] == 1
     return node.target in _VIEWS and None is not _shape(node) == _shape(node.args[0])
 
@@ -83,9 +82,9 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
     found = [
         users.pop(target, [])
         for target in (
-            _aten.max_pool2d_with_indices.default,
-            _aten.max_pool2d_with_indices_backward.default,
-            _aten.threshold_backward.default,
+            aten.max_pool2d_with_indices.default,
+            aten.max_pool2d_with_indices_backward.default,
+            aten.threshold_backward.default,
         )
     ]
     if users or [len(nodes) for nodes in found] != [1, 1, 1]:
@@ -96,10 +95,10 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
     x, pooled = relu.args[0], next(user for user in pool.users if user.args[1] == 0)
     pool.args = (x, *pool.args[1:])
     with graph.inserting_after(pooled):
-        after = graph.call_function(_aten.relu.default, (pooled,))
+        after = graph.call_function(aten.relu.default, (pooled,))
     pooled.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     with graph.inserting_before(pool_back):
-        back = graph.call_function(_aten.threshold_backward.default, (pool_back.args[0], after, 0))
+        back = graph.call_function(aten.threshold_backward.default, (pool_back.args[0], after, 0))
     pool_back.args = (back, x, *pool_back.args[2:])
     relu_back.replace_all_uses_with(pool_back)
 
@@ -107,12 +106,12 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
 # -- gradients that are products
 
 
-def factored(module: GraphModule, count: int) -> list[bool]:
-    """Let the graph return two factors where one of its first `count` leaves is their product.
+def factored(module: GraphModule, places: Collection[int]) -> list[bool]:
+    """Let the graph return two factors where one of these leaves is their product.
 
-    For each of these leaves, whether it is now two: matrices left and right, whose product,
-    for every client of a batch of them, is the gradient. Whoever adds the gradient to
-    something then need not store it.
+    For each leaf, whether it is now two: matrices left and right, whose product, for every
+    client of a batch of them, is the gradient. Whoever adds the gradient to something then
+    need not store it.
     """
     graph = module.graph
     end: Node = graph.output_node()
@@ -120,10 +119,9 @@ def factored(module: GraphModule, count: int) -> list[bool]:
     products = []
     with graph.inserting_before(end):
         for place, leaf in enumerate(end.args[0]):
-            factors = _factors(graph, leaf) if place < count else None
+            factors = _factors(graph, leaf) if place in places else None
             leaves += [leaf] if factors is None else factors
-            if place < count:
-                products.append(factors is not None)
+            products.append(factors is not None)
     end.args = (leaves,)
     graph.eliminate_dead_code()
     module.recompile()
@@ -133,10 +131,10 @@ def factored(module: GraphModule, count: int) -> list[bool]:
 def _factors(graph: Graph, gradient: Node) -> list[Node] | None:
     """A gradient as a product of two matrices, through transposes and changes of type."""
     node, turned = gradient, False
-    while node.target in (*_TRANSPOSES, _aten._to_copy.default):
-        if node.target is _aten.transpose.int and not _swaps_last(node):
+    while node.target in (*TRANSPOSES, aten._to_copy.default):
+        if node.target in TRANSPOSES and not swaps_last(node):
             return None
-        turned ^= node.target in _TRANSPOSES
+        turned ^= node.target in TRANSPOSES
         node = node.args[0]
     if node.target not in _PRODUCTS or len(node.users) != 1:
         return None
@@ -147,7 +145,10 @@ def _factors(graph: Graph, gradient: Node) -> list[Node] | None:
     return [_as(graph, left, dtype), _as(graph, right, dtype)]
 
 
-def _swaps_last(node: Node) -> bool:
+def swaps_last(node: Node) -> bool:
+    """Whether a transposition is of matrices, and not of what there are several of."""
+    if node.target is aten.t.default:
+        return True
     shape = _shape(node)
     return shape is not None and {axis % len(shape) for axis in node.args[1:3]} == {
         len(shape) - 2,
@@ -156,7 +157,7 @@ def _swaps_last(node: Node) -> bool:
 
 
 def _turned(graph: Graph, node: Node) -> Node:
-    turned = graph.call_function(_aten.transpose.int, (node, -2, -1))
+    turned = graph.call_function(aten.transpose.int, (node, -2, -1))
     turned.meta = dict(node.meta)  # for its dtype
     return turned
 
@@ -165,4 +166,4 @@ def _as(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
     meta = node.meta.get("tensor_meta")
     if meta is not None and meta.dtype == dtype:
         return node
-    return graph.call_function(_aten._to_copy.default, (node,), {"dtype": dtype})
+    return graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})

@@ -7,10 +7,12 @@ place and gradients applied by foreach kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subfleet.core import seeds
@@ -86,25 +88,29 @@ def _schedule(chunk: Chunk, index: int, stream: Stream) -> list[Tensor]:
 
 
 def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) -> Trained:
-    start = chunk.start(index)
-    net.load(start)
-    inputs = chunk.inputs(index)
+    start, inputs = chunk.start(index), chunk.inputs(index)
     schedule = chunk.schedule(index, program.stream)
     batches = _batches(chunk, index, program.stream.part, net, schedule)
     keys = (chunk.noise_key(index) + torch.arange(len(schedule), device=chunk.device)).unbind()
     stepping = net.prepared(program, chunk.round)
     stepper = Stepper(net, stepping, net.weights, net.statistics, inputs, clients=False)
-    traced_rows = program.stream.batch if chunk.choice.way == "traced" else None
+    whole = program.stream.batch if chunk.choice.way == "traced" else None
     losses = []
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            if len(batch.y) == traced_rows:  # others come in too many sizes to trace
+        first = list(islice(batches, 1))
+        factored = _factor(chunk, index, net, stepper, schedule, keys, first)
+        net.load({name: value for name, value in start.items() if name not in factored})
+        for number, batch in enumerate(chain(first, batches)):
+            if len(batch.y) == whole:
                 loss = stepper.step(keys[number], batch[:2])
-            else:
+            elif factored:
+                loss = stepper.step(keys[number], _padded(batch, whole))
+            else:  # others come in too many sizes to trace
                 loss = stepper.plain_step(Noise(keys[number]), batch)
             losses.append(loss)
-    with torch.no_grad():
-        trained = {name: value.detach() for name, value in net.params.items()}
+        (healthy,) = stepper.finish()
+        trained, factors = stepper.trained()
+        trained |= net.statistics
         if program.finish is None:
             result = ClientResult(trained)
         else:
@@ -112,8 +118,45 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
             result = returned.result(program.finish, made)
         rows = sum(map(len, schedule))
         loss = _mean(losses, schedule)
-        healthy = (rows == 0 or math.isfinite(loss)) and finite(stepper.weights)
-    return Trained(result, loss, len(schedule), rows, healthy, net.params)
+    healthy = healthy and (rows == 0 or math.isfinite(loss))
+    return Trained(result, loss, len(schedule), rows, healthy, trained, factors)
+
+
+def _factor(
+    chunk: Chunk,
+    index: int,
+    net: Resident,
+    stepper: Stepper,
+    schedule: list[np.ndarray],
+    keys: Sequence[Tensor],
+    first: Sequence[Batch],
+) -> Collection[str]:
+    """Lets the stepper hold weights as factors, where that can be and pays; their names."""
+    assert isinstance(chunk.program, LossProgram)
+    whole = chunk.program.stream.batch
+    if not chunk.sums or chunk.choice.way != "traced" or whole is None or not first:
+        return ()
+    parts = [len(rows) for rows in schedule if len(rows) != whole]
+    if parts and not net.weighs_rows:
+        return ()
+    rows = (len(schedule) - len(parts)) * whole + sum(n + _missing(n, whole) for n in parts)
+    batch = first[0][:2] if len(first[0].y) == whole else _padded(first[0], whole)
+    most = chunk.most_steps([index]) * whole
+    return stepper.factor(chunk.start(index), rows, most, keys[0], batch)
+
+
+def _missing(rows: int, whole: int) -> int:
+    """Rows of padding in a part batch, to the next quarter of a whole one: few sizes to trace."""
+    return -rows % -(-whole // 4)
+
+
+def _padded(batch: Batch, whole: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A part batch, its padding, and the weights that tell them apart."""
+    assert whole is not None
+    more = _missing(len(batch.y), whole)
+    x, y = (F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, more]) for rows in batch[:2])
+    weight = F.pad(x.new_ones(len(batch.y)), [0, more])
+    return x, y, weight
 
 
 def _own_copy(params: Params, net: Resident) -> Params:

@@ -76,9 +76,15 @@ def _keys(chunk: Chunk, group: range) -> Tensor:
 def _loss_clients(
     chunk: Chunk, group: range, net: Resident, program: LossProgram
 ) -> Iterator[Trained]:
-    params = _starts(chunk, group)
-    trainable = {name: params[name] for name in net.trainable}
-    buffers = {name: params[name] for name in net.statistics}
+    starts = [chunk.start(i) for i in group]
+    alike = {n: v for n, v in starts[0].items() if all(start[n] is v for start in starts)}
+    trainable = {
+        name: alike[name].expand(len(group), *alike[name].shape)
+        if name in alike
+        else torch.stack([start[name] for start in starts])
+        for name in net.trainable
+    }
+    buffers = {name: torch.stack([start[name] for start in starts]) for name in net.statistics}
     feed = Feed(chunk, group, program.stream, net)
     keys, inputs = _keys(chunk, group), _inputs(chunk, group)
     stepping = net.prepared(program, chunk.round)
@@ -86,20 +92,26 @@ def _loss_clients(
     losses: list[Tensor] = []
     with torch.no_grad():
         for step in range(feed.num_steps):
-            losses.append(stepper.step(keys + step, feed.at(step), feed.active(step)))
+            batch = feed.at(step)
+            if step == 0:
+                if chunk.sums:
+                    rows, most = feed.num_steps * feed.size[1], chunk.most_steps(group)
+                    stepper.factor(alike, rows, most * feed.size[1], keys, batch)
+                stepper.own(alike.keys() & trainable.keys())
+            losses.append(stepper.step(keys + step, batch, feed.active(step)))
     mean_K, num_rows_K = feed.means(losses), feed.num_rows_K
-    all_finite = finite(stepper.weights)  # one look at all of them; at each only where that fails
+    healthy_K = stepper.finish(len(group))
     for k, index in enumerate(group):
-        mine = {name: value[k] for name, value in (trainable | buffers).items()}
+        mine, factors = stepper.trained(k)
+        mine |= {name: value[k] for name, value in buffers.items()}
         if program.finish is None:
             result = ClientResult(mine)
         else:
             made = program.finish(chunk.start(index), mine, chunk.kept(index), chunk.inputs(index))
             result = returned.result(program.finish, made)
-        healthy = num_rows_K[k] == 0 or (
-            math.isfinite(mean_K[k]) and (all_finite or finite([mine[name] for name in trainable]))
-        )
-        yield Trained(result, mean_K[k], feed.num_steps_K[k], num_rows_K[k], healthy, mine)
+        healthy = num_rows_K[k] == 0 or (math.isfinite(mean_K[k]) and healthy_K[k])
+        steps, rows = feed.num_steps_K[k], num_rows_K[k]
+        yield Trained(result, mean_K[k], steps, rows, healthy, mine, factors)
 
 
 def _step_clients(
@@ -130,7 +142,8 @@ def _step_clients(
 
         given = {name: feed.at(number) for name, feed in feeds.items()}
         stepped, metrics = vmap(one)(local, given, keys + number, inputs)
-        if (active_K := main.active(number)) is not None:
+        if (active := main.active(number)) is not None:
+            active_K = torch.from_numpy(active).to(chunk.device)
             # Clients that are done keep what they have.
             stepped = pytree.tree_map(lambda n, o, a=active_K: chosen(a, n, o), stepped, local)
         local = stepped

@@ -37,8 +37,7 @@ def _line(choice: Choice, known: Collection[str]) -> str:
     words = ["engine:"]
     if choice.variant != "()":  # the only one of a network without units
         words.append(shorten(choice.variant, 60, placeholder=" …"))
-    words.append(f"vmap of {choice.side_by_side}" if choice.way == "vmap" else choice.way)
-    words += ["compiled"] * choice.compiled
+    words.append(choice.name)
     if choice.variant in known:
         words.append(f"from round {choice.from_round} on")
     line = " ".join(words)

@@ -9,6 +9,7 @@ a host never chooses.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from subfleet.core.errors import InputError
 from subfleet.core.program import ClientProgram, LossProgram, RunProgram
 from subfleet.core.supernet import SuperNetwork, takes_channels_last
 from subfleet.core.units import IndexMap
-from subfleet.platform import layers
+from subfleet.platform import layers, products
 
 Way = Literal["loop", "traced", "vmap"]
 Dtype = Literal["float32", "bfloat16"]
@@ -27,6 +28,7 @@ Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
 SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 16 << 20
+USUAL_BATCH = 20
 FULL = IndexMap.full()
 
 
@@ -36,7 +38,9 @@ class Choice:
 
     `way`: "loop" goes through autograd, one client after the other; "traced" likewise, by
     lists of kernels (`subfleet.platform.steps`); "vmap" takes `side_by_side` clients at
-    most in one call. `reason` says for people why. Raises `InputError` for what this
+    most in one call. `factored`: clients that see few rows hold large dense layers as factors
+    (`subfleet.platform.factors`); `products` multiplies float32 matrices
+    (`subfleet.platform.products`). `reason` says for people why. Raises `InputError` for what this
     release cannot compute.
     """
 
@@ -47,9 +51,18 @@ class Choice:
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     dtype: Dtype = "float32"
     compiled: bool = False
+    factored: bool = False
+    products: products.Library = "blas"
     threads: int = 1
     from_round: int = 1
     reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The way in words: `vmap of 16`, or `traced by onednn`."""
+        words = f"vmap of {self.side_by_side}" if self.way == "vmap" else self.way
+        words += f" by {self.products}" * (self.products != "blas")
+        return words + " compiled" * self.compiled
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
@@ -79,6 +92,8 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "memory_format": ("contiguous", "channels_last"),
     "dtype": ("float32", "bfloat16"),
     "compiled": (False, True),
+    "factored": (False, True),
+    "products": ("blas", "onednn"),
     "threads": (1,),
 }
 
@@ -216,8 +231,18 @@ def candidates(
             side_by_side=width,
             memory_format="channels_last" if way != "vmap" and last else "contiguous",
             dtype=dtype,
+            factored=way != "loop",
+            products=library,
             from_round=round,
         )
         for way, width in dict.fromkeys(order)
         if way in ways
+        for library in (_libraries(net, device, width) if way != "loop" else ("blas",))
     ]
+
+
+def _libraries(net: SuperNetwork, device: str, clients: int) -> tuple[products.Library, ...]:
+    """Those worth trying for so many clients side by side, with batches of the usual size."""
+    matrices = [math.prod(shape) for shape in net.space.shapes.values() if len(shape) == 2]
+    large = products.is_large(USUAL_BATCH * clients * max(matrices, default=0))
+    return ("onednn", "blas") if device == "cpu" and large and products.has_onednn() else ("blas",)

@@ -45,6 +45,8 @@ class Resident:
             layers.spare_small_linear(module)
         self.step = layers.Step()
         self._steps_matter = layers.adopt(module, self.step)
+        # Whether rows of weight 0 leave no trace in what the layers make of the others.
+        self.weighs_rows = layers.can_map(module, net.statistics)
         # A chain without hooks runs layer by layer: nn.Module's call costs 3 us a layer.
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         self._layers = [layer.forward for layer in module.children()] if plain else [module]
@@ -118,8 +120,8 @@ class Resident:
         return replace(program, rule=rule, loss=loss)
 
     def load(self, params: Params) -> None:
-        """Copies a client's start into the buffers; `params` must name every tensor."""
-        names = list(self.params)
+        """Copies a client's start into the buffers that it names."""
+        names = [name for name in self.params if name in params]
         with torch.no_grad():
             kernels.copy_([self.params[n] for n in names], [params[n] for n in names])
 

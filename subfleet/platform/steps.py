@@ -2,22 +2,27 @@
 
 For one client or for many side by side. Without clipping and proximal terms, gradients that
 are products of matrices come as their factors: the product adds into the weights, or the
-velocity, and no such gradient is ever stored.
+velocity, and no such gradient is ever stored. Nor are, of clients that see few rows, the
+weights of large dense layers (`subfleet.platform.factors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from subfleet.core.errors import RunFailed
+from subfleet.core.lowrank import LowRank
 from subfleet.core.program import Batch, LossProgram, Noise, Params
 from subfleet.platform import kernels, rule
 from subfleet.platform.compiling import compiled
-from subfleet.platform.resident import Resident
+from subfleet.platform.factors import Factored
+from subfleet.platform.resident import Resident, finite
 from subfleet.platform.traces import Flat, traced
 
 
@@ -26,7 +31,7 @@ class Stepper:
 
     `weights` are the trainable tensors, `held` the others, `inputs` those of the tasks, by
     name. The velocity and the start that the local rule needs begin with the weights as
-    they are now.
+    they are at the first step.
     """
 
     def __init__(
@@ -40,59 +45,148 @@ class Stepper:
         clients: bool,
     ):
         self.net, self.program, self.clients, self.inputs = net, program, clients, inputs
-        self.weights = list(weights.values())
+        self.weights: dict[str, Tensor | Factored] = dict(weights)
+        self._names = tuple(tuple(tree) for tree in (weights, held, inputs))
+        self._others = [*held.values(), *inputs.values()]
+        self._shapes = tuple(tuple(leaf.shape) for leaf in (*weights.values(), *self._others))
         local = program.rule
-        self.velocity = [torch.zeros_like(w) for w in self.weights] if local.momentum else None
-        self.start = [w.clone() for w in self.weights] if local.proximal else None
-        self.fuses = local.clip_norm is None and not local.proximal
-        self._trees = tuple(tuple(tree) for tree in (weights, held, inputs))  # their names
-        self._fixed = [*self.weights, *held.values(), *inputs.values()]
-        self._key = (program.loss, clients, *(tuple(leaf.shape) for leaf in self._fixed))
+        self._fuses = local.clip_norm is None and not local.proximal
+        self._factored: frozenset[int] = frozenset()
+        self._begun = False
+
+    def factor(
+        self, bases: Params, rows: int, most: int, key: Tensor, batch: Sequence[Tensor]
+    ) -> list[str]:
+        """Holds as factors those weights for which that pays, before the first step.
+
+        `bases` are the starts that all clients share, without an axis of clients, `rows` those
+        of all steps to come, `most` the same of a client that trains as long as it should, and
+        (`key`, `batch`) such a step. Gives the names.
+        """
+        choice = self.net.choice
+        if not choice.factored or choice.compiled or self.program.rule.clip_norm is not None:
+            return []
+        worth = {
+            place
+            for place, name in enumerate(self.weights)
+            if name in bases and bases[name].dim() == 2 and 0 < most <= min(bases[name].shape)
+        }
+        if not worth:
+            return []
+        flat = self._flat(key, batch, worth, loose=self._fuses)
+        names = [name for place, name in enumerate(self.weights) if place in flat.held]
+        for name in names:
+            self.weights[name] = Factored(
+                bases[name],
+                len(self._leaf(name)) if self.clients else None,
+                rows,
+                self.program.rule,
+                choice.products,
+            )
+        self._factored = flat.held
+        return names
 
     def plain_step(self, noise: Noise, batch: Batch) -> Tensor:
         """One step of a single client through autograd, in the network's own buffers."""
+        self._begin()
         with torch.enable_grad():
             loss, _ = self.program.loss(self.net, self.net.params, batch, noise, self.inputs)
         self._update(kernels.gradients(loss, self.net.leaves, self.net.one))
         return loss.detach()
 
-    def step(self, key: Tensor, batch: Sequence[Tensor], active: Tensor | None = None) -> Tensor:
+    def step(
+        self, key: Tensor, batch: Sequence[Tensor], active: np.ndarray | None = None
+    ) -> Tensor:
         """One traced step on (x, y) or (x, y, weight of each row); the loss, [K] for clients.
 
         `active`, bool [K], says which clients still have this step; None for all.
         """
-        shapes = tuple((leaf.shape, leaf.stride()) for leaf in batch)
-        leaves = [*self._fixed, key, *batch]
-        factors = self.fuses and active is None
-        flat = self.net.traces.get(
-            (factors, shapes, self._key), lambda: self._traced(leaves, factors)
-        )
-        *grads, loss = flat.run(*leaves)
-        if factors:
-            self._add(grads, flat.products)
+        self._begin()
+        loose = self._fuses and active is None
+        flat = self._flat(key, batch, self._factored, loose=loose)
+        if flat.held != self._factored:
+            raise RunFailed(
+                "the clients' loss multiplies by a weight in one step and does something else with "
+                'it in another; set run.engine = "loop"'
+            )
+        *found, loss = flat.run(*self.weights.values(), *self._others, key, *batch)
+        left, kept, products = iter(found), [], []
+        for weight, product in zip(self.weights.values(), flat.products, strict=False):
+            if isinstance(weight, Factored):
+                weight.add(next(left), next(left), active)
+            else:
+                kept += [next(left) for _ in range(1 + product)]
+                products.append(product)
+        if loose:
+            self._add(kept, products)
         elif active is None:
-            self._update(grads)
+            self._update(kept)
         else:
-            before = [w.clone() for w in self.weights]
-            self._update(grads)
-            for weight, old in zip(self.weights, before, strict=True):
-                weight.copy_(chosen(active, weight, old))  # finished clients keep every bit
+            before = [w.clone() for w in self._dense]
+            self._update(kept)
+            which = torch.from_numpy(active).to(self.net.device)
+            for weight, old in zip(self._dense, before, strict=True):
+                weight.copy_(chosen(which, weight, old))  # finished clients keep every bit
         return loss
+
+    def own(self, names: Collection[str]) -> None:
+        """Gives weights that are not held as factors memory of their own, before the first step."""
+        for name in names:
+            if isinstance(weight := self.weights[name], Tensor):
+                self.weights[name] = weight.clone(memory_format=torch.contiguous_format)
+
+    def finish(self, count: int = 1) -> list[bool]:
+        """After the last step: which of `count` clients have no NaN or infinity in a weight."""
+        held = np.ones(count, bool)
+        for weight in self.weights.values():
+            if isinstance(weight, Factored):
+                held &= weight.finish()
+        dense = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
+        if finite(dense):  # one look at all of them; at each only where that fails
+            return held.tolist()
+        if not self.clients:
+            return [False]
+        return [bool(ok) and finite([w[k] for w in dense]) for k, ok in enumerate(held)]
+
+    def trained(self, client: int = 0) -> tuple[Params, dict[str, LowRank]]:
+        """The weights of one of the clients: those that are written out, and the others."""
+        written: Params = {}
+        factors: dict[str, LowRank] = {}
+        for name, weight in self.weights.items():
+            if isinstance(weight, Factored):
+                factors[name] = weight[client]
+            else:
+                written[name] = weight[client] if self.clients else weight
+        return written, factors
+
+    def _leaf(self, name: str) -> Tensor:
+        weight = self.weights[name]
+        return weight.example() if isinstance(weight, Factored) else weight
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        self._dense = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
+        local = self.program.rule
+        self._velocity = [torch.zeros_like(w) for w in self._dense] if local.momentum else None
+        self._start = [w.clone() for w in self._dense] if local.proximal else None
 
     def _update(self, grads: Sequence[Tensor]) -> None:
         rule.step(
-            self.program.rule, self.weights, grads, self.velocity, self.start, clients=self.clients
+            *(self.program.rule, self._dense, grads, self._velocity, self._start),
+            clients=self.clients,
         )
 
     def _add(self, found: Sequence[Tensor], products: Sequence[bool]) -> None:
         """With momentum v <- m v + g + d w; w <- w - lr v. Else w <- (1 - lr d) w - lr g.
 
-        `found` holds a gradient, or the two factors of one, for each weight.
+        `found` holds a gradient, or the two factors of one, for each weight that is written out.
         """
         local, left = self.program.rule, iter(found)
-        into, scale, keep = self.weights, -local.lr, 1.0 - local.lr * local.weight_decay
-        if self.velocity is not None:
-            into, scale, keep = self.velocity, 1.0, local.momentum
+        into, scale, keep = self._dense, -local.lr, 1.0 - local.lr * local.weight_decay
+        if self._velocity is not None:
+            into, scale, keep = self._velocity, 1.0, local.momentum
         rest: list[Tensor] = []
         grads: list[Tensor] = []
         for target, product in zip(into, products, strict=True):
@@ -107,24 +201,39 @@ class Stepper:
             if keep != 1.0:
                 kernels.mul_(rest, keep)
             kernels.add_(rest, grads, alpha=scale)
-        if self.velocity is not None:
+        if self._velocity is not None:
             if local.weight_decay:
-                kernels.add_(self.velocity, self.weights, alpha=local.weight_decay)
-            kernels.add_(self.weights, self.velocity, alpha=-local.lr)
+                kernels.add_(self._velocity, self._dense, alpha=local.weight_decay)
+            kernels.add_(self._dense, self._velocity, alpha=-local.lr)
 
-    def _traced(self, leaves: list[Any], factors: bool) -> Flat:
+    def _flat(
+        self, key: Tensor, batch: Sequence[Tensor], held: Collection[int], *, loose: bool
+    ) -> Flat:
+        shapes = tuple((leaf.shape, leaf.stride()) for leaf in batch)
+        known = (self.program.loss, self.clients, self._shapes, shapes, loose, frozenset(held))
+        return self.net.traces.get(known, lambda: self._traced(key, batch, held, loose=loose))
+
+    def _traced(
+        self, key: Tensor, batch: Sequence[Tensor], held: Collection[int], *, loose: bool
+    ) -> Flat:
         """The step's gradient; compiled where that was chosen and the batch is a whole one."""
-        choice, count = self.net.choice, len(self.weights) if factors else 0
-        whole = len(leaves) == len(self._fixed) + 3  # key, x and y, and no weights of rows
-        full = not self.clients or len(leaves[-1]) == choice.side_by_side
-        compiles = choice.compiled and factors and whole and full
-        flat = traced(self._gradient, leaves, count, eager=not compiles)
+        choice = self.net.choice
+        leaves = [*map(self._leaf, self.weights), *self._others, key, *batch]
+        full = not self.clients or len(batch[0]) == choice.side_by_side
+        compiles = choice.compiled and loose and full and len(batch) == 2  # no weights of rows
+        flat = traced(
+            *(self._gradient, leaves),
+            range(len(self.weights)) if loose else held,
+            held=held,
+            library=choice.products,
+            eager=not compiles,
+        )
         return compiled(flat, leaves) if compiles else flat
 
     def _gradient(self, *leaves: Any) -> Sequence[Tensor]:
         """The gradient at each weight, and the loss, from all leaves of a step."""
         rest, trees = list(leaves), []
-        for names in self._trees:
+        for names in self._names:
             trees.append(dict(zip(names, rest, strict=False)))
             del rest[: len(names)]
         weights, held, inputs = trees

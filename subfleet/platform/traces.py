@@ -8,7 +8,7 @@ flat list of kernels. Tracing takes some 50 ms and needs no compiler.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +18,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 from subfleet.core.errors import InputError, RunFailed
-from subfleet.platform import calls, graphs
+from subfleet.platform import calls, factors, graphs, products
 from subfleet.platform.memory import ran_out
 
 _MOST = 32  # a loss made anew each round must not pile up traces
 
 
 class Flat(NamedTuple):
-    """A traced function: leaves in, a flat list out; `products` says which leaves are factors."""
+    """A traced function: leaves in, a flat list out; `products` says which leaves are factors.
+
+    The inputs numbered `held` are `subfleet.platform.factors.Factored`.
+    """
 
     run: Callable[..., Sequence[Any]]
     products: Sequence[bool]  # see `subfleet.platform.graphs.factored`
     module: GraphModule
+    held: frozenset[int] = frozenset()
 
 
 class Traces:
@@ -50,13 +54,16 @@ class Traces:
 def traced(
     function: Callable[..., Sequence[Any]],
     arguments: Sequence[Any],
-    factors: int,
+    loose: Collection[int],
     *,
+    held: Collection[int] = (),
+    library: products.Library = "blas",
     eager: bool,
 ) -> Flat:
     """A pure function of tensors as a flat list of kernels.
 
-    The first `factors` leaves that it gives may come as two factors each. `eager`: the list is
+    The leaves `loose` that it gives may come as two factors each; of its inputs, and leaves,
+    `held`, which are among these, those that can be are `Factored` ones. `eager`: the list is
     called as it is, and not compiled.
     """
     # Tracing runs the function: on copies, for it may update statistics, and without a trace
@@ -75,7 +82,10 @@ def traced(
         ) from error
     module.graph.set_codegen(CodeGen())  # leaves in, leaves out: no trees to take apart
     graphs.tidy(module, in_place=eager)
-    products = graphs.factored(module, factors)
+    loosened = graphs.factored(module, loose)
+    multiplied = factors.multiply(module, [place for place in held if loosened[place]])
+    if eager and library == "onednn":
+        products.by_onednn(module)
     if eager:
         calls.hasten(module)
-    return Flat(module.forward, products, module)
+    return Flat(module.forward, loosened, module, multiplied)

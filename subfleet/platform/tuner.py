@@ -218,7 +218,7 @@ class Tuner:
         if seconds[best] > CLEARLY * seconds[0]:
             best = 0
         others = ", ".join(
-            f"{_named(choice)} {1e3 * s:.3g}"
+            f"{choice.name} {1e3 * s:.3g}"
             for i, (choice, s) in enumerate(zip(worth, seconds, strict=True))
             if i != best
         )
@@ -260,13 +260,10 @@ def _spread(names: Sequence[str], most: int) -> list[str]:
 
 def _like(worth: Sequence[Choice], tried: Choice) -> Choice:
     """The choice for a variant that goes by another's trial."""
-    found = next((choice for choice in worth if choice.way == tried.way), worth[0])
+    alike = [choice for choice in worth if choice.way == tried.way]
+    found = next((c for c in alike if c.products == tried.products), (alike or worth)[0])
     same = found.variant == tried.variant
     return tried if same else replace(found, reason=f"as variant {tried.variant}")
-
-
-def _named(choice: Choice) -> str:
-    return choice.way if choice.way != "vmap" else f"vmap of {choice.side_by_side}"
 
 
 def _read(file: Path, count: int) -> list[float] | None:

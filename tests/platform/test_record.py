@@ -54,6 +54,8 @@ def test_a_choice_that_begins_later_does_not_hold_yet():
         {"memory_format": "weird"},
         {"dtype": "float16"},
         {"compiled": 0},
+        {"factored": 1},
+        {"products": "cublas"},
         {"threads": 2},
         {"side_by_side": 0},
         {"side_by_side": "4"},
@@ -129,7 +131,9 @@ def test_what_is_tried_on_cpus_and_gpus():
     assert ways(toys.cnn(), "cuda") == ["vmap", "vmap", "traced", "loop"]
     assert [c.side_by_side for c in tried(toys.cnn(), "cuda")] == [256, 64, 1, 1]
     assert [c.side_by_side for c in tried(toys.mlp())] == [64, 16, 1, 1]
-    assert ways(dense(2048)) == ["traced", "loop"], "four clients' parameters leave the cache"
+    assert ways(dense(2048)) == ["traced", "traced", "loop"], "four clients leave the cache"
+    assert [c.products for c in tried(dense(2048))] == ["onednn", "blas", "blas"]
+    assert [c.factored for c in tried(dense(2048))] == [True, True, False]
     assert ways(toys.mlp(), engine="vmap") == ["vmap", "loop"]
     assert ways(toys.mlp(), "cuda", "traced") == ["traced", "loop"]
     assert ways(toys.mlp(), "cuda", "loop") == ["loop"]

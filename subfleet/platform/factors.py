@@ -1,0 +1,185 @@
+"""Weights of a dense layer that K clients train side by side and nobody writes out.
+
+All begin with the same W [O, I], and a client's steps see few rows: its weights are W and a
+product of thin factors (`subfleet.core.lowrank`), the gradients at the layer's outputs and its
+inputs, row by row. A step then multiplies by W for all clients at once, and by the factors of
+the rows that came before; where the rows are fewer than W is wide, that is less to read and
+nothing to update.
+
+Legend: K clients, B rows a batch, R rows of all steps, H rows so far, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from subfleet.core.lowrank import LowRank
+from subfleet.core.program import LocalRule
+from subfleet.platform import products
+from subfleet.platform.graphs import TRANSPOSES, Node, aten, swaps_last
+
+
+class Factored:
+    """scale_k W + sum_r c_kr g_kr x_kr^T for each client k; calls take [K, B, ...] or [B, ...]."""
+
+    def __init__(
+        self,
+        base_OI: Tensor,
+        clients: int | None,
+        rows: int,
+        rule: LocalRule,
+        library: products.Library,
+    ):
+        (outputs, inputs), count = base_OI.shape, clients or 1
+        self.base_OI, self.clients, self._rule = base_OI, clients, rule
+        self.left_KRO = base_OI.new_empty(count, rows, outputs)
+        self.right_KRI = base_OI.new_empty(count, rows, inputs)
+        self._linear, self._outer = products.linear(library), products.outer(library)
+        self._rows = 0  # H
+        # The local rule, played on how often W and each row count: of the weights, the velocity.
+        self._scale_K, self._scale_velocity_K = np.ones(count), np.zeros(count)
+        self._count_KR, self._velocity_KR = np.zeros((count, rows)), np.zeros((count, rows))
+        self._count_K1H = base_OI.new_empty(count, 1, 0)
+        self._scale_K11: Tensor | None = None  # where it is not 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weights, if they were written out."""
+        return (*self._of_clients, *self.base_OI.shape)
+
+    @property
+    def _of_clients(self) -> tuple[int, ...]:
+        return () if self.clients is None else (self.clients,)
+
+    def example(self) -> Tensor:
+        """A tensor of this shape to trace with."""
+        return self.base_OI.expand(self.shape)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """`x W_k^T`: [K, B, O] from [K, B, I]."""
+        return self._times(x, self.base_OI, self.right_KRI, self.left_KRO)
+
+    def inputs(self, g: Tensor) -> Tensor:
+        """`g W_k`: [K, B, I] from [K, B, O]."""
+        return self._times(g, self.base_OI.t(), self.left_KRO, self.right_KRI)
+
+    def _times(self, x: Tensor, base: Tensor, met_KR: Tensor, gives_KR: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], len(base))
+        found = self._linear(x.reshape(-1, x.shape[-1]), base).view(len(met_KR), -1, len(base))
+        if self._scale_K11 is not None:
+            found.mul_(self._scale_K11)
+        if self._rows:
+            x_KB = x.reshape(len(met_KR), -1, x.shape[-1])
+            alike = torch.bmm(x_KB, met_KR[:, : self._rows].transpose(1, 2))
+            found.baddbmm_(alike.mul_(self._count_K1H), gives_KR[:, : self._rows])
+        return found.view(shape)
+
+    def add(self, left: Tensor, right: Tensor, active: np.ndarray | None) -> None:
+        """A step: the gradient is `left right`, [K, O, B] and [K, B, I]; `active` bool [K]."""
+        first, self._rows = self._rows, self._rows + right.shape[-2]
+        rows = slice(first, self._rows)
+        self.right_KRI[:, rows] = right
+        self.left_KRO[:, rows] = left.transpose(-1, -2)
+        if active is not None:  # what padding made may be no number
+            self.left_KRO[torch.from_numpy(~active).to(left.device), rows] = 0.0
+        self._count(rows, slice(None) if active is None else active)
+
+    def _count(self, rows: slice, who: slice | np.ndarray) -> None:
+        """Of the clients `who`: v <- m v + g + d w + mu (w - w_start);  w <- w - lr v."""
+        rule, pull = self._rule, self._rule.weight_decay + self._rule.proximal
+        velocity = rule.momentum * self._velocity_KR[who] + pull * self._count_KR[who]
+        velocity[:, rows] += 1.0
+        self._velocity_KR[who] = velocity
+        self._count_KR[who] -= rule.lr * velocity
+        self._count_K1H = self._on_device(self._count_KR[:, None, : self._rows])
+        if pull or self._scale_K11 is not None:
+            scale = self._scale_K[who]
+            moved = rule.momentum * self._scale_velocity_K[who]
+            moved = moved + rule.weight_decay * scale + rule.proximal * (scale - 1.0)
+            self._scale_velocity_K[who] = moved
+            self._scale_K[who] = scale - rule.lr * moved
+            self._scale_K11 = self._on_device(self._scale_K[:, None, None])
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(self.base_OI.device)
+
+    def finish(self) -> np.ndarray:
+        """After the last step: the rows' counts go into the factors.
+
+        Bool [K]: which clients have no NaN or infinity there, nor can have in the product.
+        """
+        self.left_KRO = self.left_KRO[:, : self._rows].mul_(self._count_K1H.transpose(1, 2))
+        self.right_KRI = self.right_KRI[:, : self._rows]
+        norms = torch.linalg.vector_norm(self.left_KRO, dim=(1, 2))
+        norms = norms * torch.linalg.vector_norm(self.right_KRI, dim=(1, 2))
+        return torch.isfinite(norms).cpu().numpy()
+
+    def __getitem__(self, client: int) -> LowRank:
+        """One client's weights."""
+        return LowRank(
+            self.base_OI,
+            float(self._scale_K[client]),
+            self.left_KRO[client],
+            self.right_KRI[client],
+            self._outer,
+        )
+
+
+# -- in traced graphs
+
+
+def only_multiplied(weight: Node) -> bool:
+    """Whether a graph does nothing with a weight but multiply by it, from the right."""
+    for user in weight.users:
+        if user.target in TRANSPOSES:
+            if not (swaps_last(user) and only_multiplied(user)):
+                return False
+        elif (
+            _second(user) is not weight
+            or weight in user.args[:-1]
+            or weight in user.kwargs.values()
+        ):
+            return False
+    return bool(weight.users)
+
+
+def _second(node: Node) -> Node | None:
+    """The right factor of a product of matrices; None of anything else."""
+    if node.target in (aten.mm.default, aten.bmm.default):
+        return node.args[1]
+    if node.target is aten.addmm.default and not node.kwargs:
+        return node.args[2]
+    return None
+
+
+def multiply(module: GraphModule, places: Collection[int]) -> frozenset[int]:
+    """Let a graph take a `Factored` as inputs of these numbers, if it only multiplies by them.
+
+    The numbers of those that it does.
+    """
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = frozenset(place for place in places if only_multiplied(inputs[place]))
+    for place in found:
+        _replace(module, inputs[place], inputs[place], transposed=False)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return found
+
+
+def _replace(module: GraphModule, weight: Node, found: Node, *, transposed: bool) -> None:
+    for user in list(found.users):
+        if user.target in TRANSPOSES:
+            _replace(module, weight, user, transposed=not transposed)
+            continue
+        *bias, x, _ = user.args
+        with module.graph.inserting_before(user):
+            new = module.graph.call_method("outputs" if transposed else "inputs", (weight, x))
+            if bias:
+                new = module.graph.call_function(aten.add.Tensor, (new, *bias))
+        user.replace_all_uses_with(new)
+        module.graph.erase_node(user)

@@ -1,0 +1,247 @@
+"""Weights held as factors: the numbers of weights that are written out, for every local rule."""
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from torch import nn
+
+from subfleet.algorithms.fedavg import FedAvg
+from subfleet.core.lowrank import dense
+from subfleet.core.program import LocalRule, LossProgram, Stream
+from subfleet.core.scaling import Scaling
+from subfleet.core.units import IndexMap
+from subfleet.models import chain
+from subfleet.platform import loop, mapped
+from subfleet.platform.chunks import Chunk, Trained
+from subfleet.platform.engine import SKIPPED
+from subfleet.platform.factors import Factored
+from subfleet.platform.record import Choice, variant_name
+from subfleet.platform.resident import Resident
+
+FULL = IndexMap.full()
+NET = toys.mlp(dim=40, hidden=(44, 34), classes=5)
+WIDE = ["fc0.weight", "fc1.weight"]  # the head's five outputs are fewer than any client's rows
+
+
+def choice(way: str, *, factored: bool = True, **options: Any) -> Choice:
+    width = {"side_by_side": 3} if way == "vmap" else {}
+    name = variant_name(NET.space.counts(FULL))
+    return Choice(name, "cpu", way, **width, factored=factored, **options)  # type: ignore[arg-type]
+
+
+def trained(
+    chosen: Choice,
+    program: LossProgram,
+    sizes: list[int],
+    net=NET,
+    *,
+    sums: bool = True,
+    steps: list[int] | None = None,
+) -> list[Trained]:
+    """Every client on its own, as a chunk gives it."""
+    data = toys.all_train(sizes, net.input_shape, 5)
+    tasks = [toys.task(net, client, samples=size) for client, size in enumerate(sizes)]
+    if steps is not None:
+        tasks = [replace(task, steps=n) for task, n in zip(tasks, steps, strict=True)]
+    ids = np.arange(len(sizes))
+    chunk = Chunk(
+        net=net,
+        program=program,
+        choice=chosen,
+        tasks=tasks,
+        positions=range(len(tasks)),
+        blocks={"train": data.block(ids, "train")},
+        own=[None] * len(tasks),
+        shared={0: net.init(0)},
+        seed=0,
+        round=1,
+        scale=Scaling(),
+        sums=sums,
+    )
+    way = mapped if chosen.way == "vmap" else loop
+    out = []
+    for client in way.run(chunk, Resident(net, FULL, chosen)):
+        update = {name: value.clone() for name, value in client.result.update.items()}
+        out.append(client._replace(result=replace(client.result, update=update)))
+    return out
+
+
+def held(client: Trained) -> list[str]:
+    return sorted(client.factors)
+
+
+def returned(client: Trained) -> dict[str, torch.Tensor]:
+    return dense({**client.result.update, **client.factors})
+
+
+RULES = {
+    "plain": LocalRule(lr=0.2),
+    "momentum": LocalRule(lr=0.1, momentum=0.9),
+    "decay": LocalRule(lr=0.2, weight_decay=0.05),
+    "both": LocalRule(lr=0.1, momentum=0.7, weight_decay=0.05),
+    "proximal": LocalRule(lr=0.2, proximal=0.3),
+    "all": LocalRule(lr=0.1, momentum=0.7, weight_decay=0.02, proximal=0.3),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_the_numbers_are_those_of_the_loop(way, rule):
+    """Four clients of several steps, the last batch a part or whole, in groups of two."""
+    program = toys.loss_program(rule, Stream(batch=4, epochs=2))
+    sizes = [13, 8, 3, 10]
+    found = trained(choice(way), program, sizes)
+    wanted = trained(choice("loop"), program, sizes)
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == WIDE and not held(other)
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert (one.steps, one.rows, one.healthy) == (other.steps, other.rows, True)
+
+
+def test_one_step_of_one_client_by_hand():
+    net = toys.linear(2, 2, bias=False)
+    base = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weight = Factored(base, None, 2, LocalRule(lr=0.5, weight_decay=0.1), "blas")
+    x = torch.tensor([[1.0, 1.0]])
+    assert weight.outputs(x).tolist() == [[3.0, 7.0]] and weight.inputs(x).tolist() == [[4.0, 6.0]]
+    weight.add(torch.tensor([[2.0], [0.0]]), x, None)  # the gradient [[2, 2], [0, 0]]
+    # w <- 0.95 w - 0.5 g = [[-0.05, 0.9], [2.85, 3.8]]
+    assert weight.outputs(x).tolist() == [[pytest.approx(0.85), pytest.approx(6.65)]]
+    assert weight.finish().tolist() == [True]
+    wanted = torch.tensor([[-0.05, 0.9], [2.85, 3.8]])
+    torch.testing.assert_close(weight[0].dense(), wanted)
+    assert net.space.shapes["fc.weight"] == weight.shape == (2, 2)
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_more_rows_than_a_layer_is_wide_are_not_held(way):
+    def names(epochs: int) -> list[str]:
+        program = toys.loss_program(stream=Stream(batch=4, epochs=epochs))
+        one, other = map(held, trained(choice(way), program, [8, 8]))
+        assert one == other
+        return one
+
+    assert [names(4), names(5), names(6)] == [WIDE, ["fc0.weight"], []]  # 32, 40 and 48 rows
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_it_goes_by_the_steps_that_a_client_should_have(way):
+    """So that a trial of a few steps computes as the run will."""
+    program = toys.loss_program(stream=Stream(batch=4, epochs=8))
+    short = trained(choice(way), program, [8, 8], steps=[2, 2])
+    assert [held(one) for one in short] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rule", "sums"),
+    [
+        (choice("traced", factored=False), LocalRule(), True),
+        (choice("vmap", factored=False), LocalRule(), True),
+        (choice("traced"), LocalRule(clip_norm=1.0), True),
+        (choice("vmap"), LocalRule(clip_norm=1.0), True),
+        (choice("traced"), LocalRule(), False),
+        (choice("vmap"), LocalRule(), False),
+        (choice("loop"), LocalRule(), True),
+    ],
+)
+def test_otherwise_weights_are_written_out(chosen, rule, sums):
+    """Not chosen, a joint norm, or somebody who looks at a client's weights."""
+    found = trained(chosen, toys.loss_program(rule), [8, 6], sums=sums)
+    wanted = trained(choice("loop"), toys.loss_program(rule), [8, 6])
+    for one, other in zip(found, wanted, strict=True):
+        assert not held(one)
+        assert toys.distance(one.result.update, other.result.update) < 1e-5
+
+
+def ridge(net, params, batch, noise, inputs):
+    """A loss that looks at a weight itself."""
+    scores = net(params, batch.x)
+    rows = torch.nn.functional.cross_entropy(scores, batch.y, reduction="none")
+    return batch.mean(rows) + 0.01 * params["fc0.weight"].square().sum(), {}
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_a_weight_that_a_loss_looks_at_is_written_out(way):
+    program = LossProgram(ridge, LocalRule(lr=0.1), Stream(batch=4))
+    found = trained(choice(way), program, [8, 6])
+    wanted = trained(choice("loop"), program, [8, 6])
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == ["fc1.weight"]
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+def test_part_batches_of_layers_that_cannot_weigh_rows_go_through_autograd():
+    class Odd(nn.BatchNorm1d):  # a norm whose padding nobody here could leave out
+        pass
+
+    layers = OrderedDict(fc=nn.Linear(40, 30), norm=Odd(30), head=nn.Linear(30, 5))
+    net = chain("odd", nn.Sequential(layers), (40,))
+    whole, part = trained(choice("traced"), toys.loss_program(), [8, 7], net)
+    wanted = trained(choice("loop"), toys.loss_program(), [8, 7], net)
+    assert held(whole) == ["fc.weight"] and not held(part)
+    for one, other in zip((whole, part), wanted, strict=True):
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+# -- bundles
+
+
+def bundle(way: str, sizes: list[int], rule: LocalRule | None = None, *, spoilt: int | None = None):
+    algorithm = toys.OneProgram(
+        toys.setting(NET), toys.loss_program(rule or LocalRule(), Stream(batch=4))
+    )
+    data = toys.all_train(sizes, NET.input_shape, 5)
+    if spoilt is not None:
+        data._x[sum(sizes[:spoilt])] = float("nan")
+    tasks = [toys.task(NET, k, weight=1.0 + k, samples=n) for k, n in enumerate(sizes)]
+    return toys.run_bundle(algorithm, tasks, data, NET.init(0), way, factored=True)
+
+
+def summed(result) -> dict[str, torch.Tensor]:
+    (part,) = result.update.parts.values()
+    return part.total
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_a_bundle_sums_what_its_clients_returned(way):
+    sizes = [8, 6, 12, 4, 8]
+    found, wanted = bundle(way, sizes), bundle("loop", sizes)
+    assert toys.distance(summed(found), summed(wanted)) < 1e-6
+    for column in ("client", "steps", "bytes_up", "params", "flops", "status"):
+        assert found.table[column].tolist() == wanted.table[column].tolist()
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_a_client_that_is_not_finite_leaves_no_trace_in_the_sum(way):
+    sizes = [8, 8, 8, 8]
+    found, wanted = bundle(way, sizes, spoilt=2), bundle("loop", sizes, spoilt=2)
+    assert found.table["status"].tolist().index(SKIPPED) == 2
+    assert found.update.clients == 3 and found.update.weight == wanted.update.weight
+    assert toys.distance(summed(found), summed(wanted)) < 1e-6
+
+
+def test_a_last_step_that_overflows_is_seen():
+    """Its loss was finite, and no other step follows that would tell."""
+    weight = Factored(torch.zeros(2, 2), 2, 1, LocalRule(lr=1.0), "blas")
+    left = torch.tensor([[[1e30], [0.0]], [[1.0], [0.0]]])
+    right = torch.tensor([[[1e30, 0.0]], [[1.0, 0.0]]])
+    weight.add(left, right, None)
+    assert weight.finish().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_runs_end_alike_for_any_number_of_hosts(way, tmp_path):
+    def digest(workers: int, name: str) -> str:
+        data = toys.all_train([8, 6, 7, 8, 5, 8, 4, 8], NET.input_shape, 5)
+        algorithm = FedAvg(toys.setting(NET, rounds=3), width=1.0)
+        options = {"engine": way, "cohort": 6, "bundle_clients": 2}
+        job = toys.job(algorithm, data, **options)
+        return toys.run(job, tmp_path / name, workers=workers)["params_sha256"]
+
+    assert digest(1, "one") == digest(3, "three")
