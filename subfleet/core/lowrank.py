@@ -61,15 +61,17 @@ def dense(tensors: Mapping[str, Tensor | LowRank]) -> dict[str, Tensor]:
 class Owed:
     """A sum over clients of one matrix that is not made yet: sum_k a_k W_k."""
 
-    left: list[Tensor] = field(default_factory=list)  # a_k L_k
+    left: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     bases: dict[int, tuple[Tensor, float]] = field(default_factory=dict)  # each W, sum a_k s_k
     multiply: Callable[[Tensor, Tensor], Tensor] = product
+    weights: list[float] = field(default_factory=list)  # a_k
     rows: int = 0
 
     def add(self, value: LowRank, weight: float) -> None:
         """Adds one client with its weight."""
-        self.left.append(value.left * weight)
+        self.weights.append(weight)
+        self.left.append(value.left)
         self.right.append(value.right)
         self.rows += len(value.left)
         _, before = self.bases.get(id(value.base), (value.base, 0.0))
@@ -86,7 +88,10 @@ class Owed:
     def multiplied(self, total: Tensor | None) -> Tensor:
         """The float64 total with the products that are owed; it is written to, if there is one."""
         left, right = torch.cat(self.left), torch.cat(self.right)
-        self.left, self.right, self.rows = [], [], 0
+        rows = torch.tensor([len(factor) for factor in self.left])
+        weights = torch.tensor(self.weights).repeat_interleave(rows)
+        left *= weights.unsqueeze(1).to(left.device)
+        self.left, self.right, self.weights, self.rows = [], [], [], 0
         found = self.multiply(left, right)
         if not math.isfinite(float(torch.linalg.vector_norm(found))):  # beyond float32
             found = product(left.double(), right.double())

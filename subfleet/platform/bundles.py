@@ -159,21 +159,21 @@ def predicted_seconds(program: ClientProgram, task: ClientTask, macs: int) -> fl
     return passes(program) * once
 
 
-BUNDLE_SECONDS = 0.3  # nominal; what a bundle should last to outweigh a remote call by far
+BUNDLE_SECONDS = 0.7  # nominal; what a bundle should last to outweigh 20 ms of Ray's by far
 
 
 def auto_count(clients: int, seconds: float, *, sums: bool = True) -> int:
     """How many bundles to cut clients of `seconds` nominal seconds in all into, by default.
 
-    As many as last `BUNDLE_SECONDS` each, but at least 8, to keep several hosts evenly
-    busy, and at most about the square root of the clients, since each returns a sum of
-    its own, unless there are no `sums`. A power of two.
+    As many as last `BUNDLE_SECONDS` each, but at least 4, to keep hosts evenly busy, and
+    at most about the square root of the clients, since each returns a sum of its own,
+    unless there are no `sums`. A power of two.
 
     >>> [auto_count(n, 0.0022 * n) for n in (1, 20, 100, 1000, 10_000)]
-    [1, 4, 8, 8, 128]
+    [1, 4, 4, 4, 32]
     """
     most = min(clients, max(4, _power_of_two(isqrt(clients)))) if sums else clients
-    return min(most, max(8, _power_of_two(round(seconds / BUNDLE_SECONDS))))
+    return min(most, max(4, _power_of_two(round(seconds / BUNDLE_SECONDS))))
 
 
 def _power_of_two(n: int) -> int:

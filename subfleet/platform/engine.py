@@ -73,23 +73,13 @@ def parts_needed(program: LossProgram | StepProgram | RunProgram, local_test: bo
     return parts | ({"test"} if local_test else set())
 
 
-def shortened(program: ClientProgram, steps: int) -> ClientProgram:
-    """The program with so many steps of each stream; a search is what it is."""
-    if isinstance(program, LossProgram):
-        return replace(program, stream=replace(program.stream, steps=steps))
-    if isinstance(program, StepProgram):
-        streams = {name: replace(s, steps=steps) for name, s in program.streams.items()}
-        return replace(program, streams=streams)
-    return program
-
-
 class Engine:
     """Runs bundles on one device, keeping each variant's network between calls."""
 
     def __init__(self, work: Work, device: str):
         self.work = work
         self.device = device
-        self._residents: OrderedDict[tuple[str, ...], Resident] = OrderedDict()
+        self._residents: OrderedDict[Choice, Resident] = OrderedDict()
         if device == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
@@ -102,7 +92,7 @@ class Engine:
 
     def resident(self, map: IndexMap, choice: Choice) -> Resident:
         """The network of a variant, built on first use; the last `RESIDENTS` are kept."""
-        key = (choice.variant, choice.memory_format, choice.dtype, str(choice.compiled))
+        key = replace(choice, from_round=1, reason="")
         if key not in self._residents:
             self._residents[key] = Resident(self.work.net, map, choice)
             if len(self._residents) > RESIDENTS:
@@ -115,49 +105,7 @@ class Engine:
     ) -> BundleResult:
         """Trains a bundle's clients and returns their partial sum, in client order."""
         phase = self.work.algorithm.phase(bundle.round)
-        return self._train(bundle, phase.program, phase.reduction == "collect", blocks, shared)
-
-    def trial(
-        self, trial: Trial, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
-    ) -> BundleResult:
-        """Seconds that one step of one client takes by each choice: the table's "seconds".
-
-        Infinity for a choice that the device has not enough memory for.
-        """
-        program = shortened(self.work.algorithm.phase(trial.round).program, TRIAL_STEPS)
-        seconds = []
-        for choice in trial.choices:
-            tasks = trial.tasks[: max(2, choice.side_by_side)]
-            bundle = TrainBundle(trial.number, trial.round, tasks, {choice.variant: choice}, 0.0)
-            try:
-                self._train(bundle, program, True, blocks, shared)  # traces, and warms up
-                took = [self._step_seconds(bundle, program, blocks, shared) for _ in range(2)]
-            except OutOfMemory:
-                took = [float("inf")]
-            seconds.append(min(took))  # what disturbs only ever slows
-        return BundleResult(trial.number, {"seconds": np.array(seconds)}, {})
-
-    def _step_seconds(
-        self,
-        bundle: TrainBundle,
-        program: ClientProgram,
-        blocks: Mapping[str, Rows],
-        shared: Mapping[int, Params],
-    ) -> float:
-        # The processor's seconds, since others may run beside; a GPU's only the clock knows.
-        clock = process_time if self.device == "cpu" else perf_counter
-        started = clock()
-        result = self._train(bundle, program, True, blocks, shared)
-        return (clock() - started) / max(1, int(result.table["steps"].sum()))
-
-    def _train(
-        self,
-        bundle: TrainBundle,
-        program: ClientProgram,
-        collect: bool,
-        blocks: Mapping[str, Rows],
-        shared: Mapping[int, Params],
-    ) -> BundleResult:
+        program, collect = phase.program, phase.reduction == "collect"
         started = perf_counter()
         tally = _Tally(self.work.net, program, len(bundle.tasks), collect=collect)
         plain = isinstance(program, LossProgram) and program.finish is None
@@ -196,6 +144,36 @@ class Engine:
                     tally.add(task, position, trained, seconds, tested)
                     clock = perf_counter()
         return tally.result(bundle.number, {"train": perf_counter() - started})
+
+    def trial(
+        self, trial: Trial, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
+    ) -> BundleResult:
+        """Seconds that one step of one client takes by each choice: the table's "seconds".
+
+        Infinity for a choice that the device has not enough memory for.
+        """
+        # Programs stay as they are: how weights are held goes by the steps that there will be.
+        tasks = tuple(replace(task, steps=TRIAL_STEPS) for task in trial.tasks)
+        seconds = []
+        for choice in trial.choices:
+            some = tasks[: max(2, choice.side_by_side)]
+            bundle = TrainBundle(trial.number, trial.round, some, {choice.variant: choice}, 0.0)
+            try:
+                self.train(bundle, blocks, shared)  # traces, and warms up
+                took = [self._step_seconds(bundle, blocks, shared) for _ in range(2)]
+            except OutOfMemory:
+                took = [float("inf")]
+            seconds.append(min(took))  # what disturbs only ever slows
+        return BundleResult(trial.number, {"seconds": np.array(seconds)}, {})
+
+    def _step_seconds(
+        self, bundle: TrainBundle, blocks: Mapping[str, Rows], shared: Mapping[int, Params]
+    ) -> float:
+        # The processor's seconds, since others may run beside; a GPU's only the clock knows.
+        clock = process_time if self.device == "cpu" else perf_counter
+        started = clock()
+        result = self.train(bundle, blocks, shared)
+        return (clock() - started) / max(1, int(result.table["steps"].sum()))
 
     def _own(self, bundle: TrainBundle, position: int) -> Params | None:
         if not self.work.algorithm.keeps:

@@ -718,7 +718,7 @@ def test_networks_are_kept_for_a_bounded_number_of_variants():
     for k in range(2):
         toys.run_bundle(algorithm, tasks[40 * k : 40 * k + 40], data, shared, worker=worker)
     held = worker.engine._residents
-    assert len(held) == 64 and next(reversed(held))[0] == "(40, 2)"
+    assert len(held) == 64 and next(reversed(held)).variant == "(40, 2)"
     assert ("(1, 1)", "contiguous") not in held
     again = toys.run_bundle(algorithm, tasks[:1], data, shared, worker=worker)
     a, b = (aggregate.finish(r.update, net.space, shared) for r in (first, again))
