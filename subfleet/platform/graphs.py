@@ -106,12 +106,12 @@ def _behind_pool(graph: Graph, relu: Node) -> None:
 # -- gradients that are products
 
 
-def factored(module: GraphModule, places: Collection[int]) -> list[bool]:
+def factored(module: GraphModule, places: Collection[int]) -> list[int]:
     """Let the graph return two factors where one of these leaves is their product.
 
-    For each leaf, whether it is now two: matrices left and right, whose product, for every
-    client of a batch of them, is the gradient. Whoever adds the gradient to something then
-    need not store it.
+    For each leaf 0, or if it is now two, matrices left and right whose product, for every
+    client of a batch of them, is the gradient: how many columns and rows these have. Whoever
+    adds the gradient to something then need not store it.
     """
     graph = module.graph
     end: Node = graph.output_node()
@@ -119,30 +119,34 @@ def factored(module: GraphModule, places: Collection[int]) -> list[bool]:
     products = []
     with graph.inserting_before(end):
         for place, leaf in enumerate(end.args[0]):
-            factors = _factors(graph, leaf) if place in places else None
-            leaves += [leaf] if factors is None else factors
-            products.append(factors is not None)
+            factors, rows = _factors(graph, leaf) if place in places else ([], 0)
+            leaves += factors or [leaf]
+            products.append(rows)
     end.args = (leaves,)
     graph.eliminate_dead_code()
     module.recompile()
     return products
 
 
-def _factors(graph: Graph, gradient: Node) -> list[Node] | None:
-    """A gradient as a product of two matrices, through transposes and changes of type."""
+def _factors(graph: Graph, gradient: Node) -> tuple[list[Node], int]:
+    """A gradient as a product of two matrices, through transposes and changes of type.
+
+    They, and the rows that they sum over; none where it is no such product.
+    """
     node, turned = gradient, False
     while node.target in (*TRANSPOSES, aten._to_copy.default):
         if node.target in TRANSPOSES and not swaps_last(node):
-            return None
+            return [], 0
         turned ^= node.target in TRANSPOSES
         node = node.args[0]
     if node.target not in _PRODUCTS or len(node.users) != 1:
-        return None
+        return [], 0
     left, right = node.args
+    rows = left.meta["tensor_meta"].shape[-1]
     if turned:
         left, right = _turned(graph, right), _turned(graph, left)
     dtype = gradient.meta["tensor_meta"].dtype
-    return [_as(graph, left, dtype), _as(graph, right, dtype)]
+    return [_as(graph, left, dtype), _as(graph, right, dtype)], rows
 
 
 def swaps_last(node: Node) -> bool:

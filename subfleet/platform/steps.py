@@ -74,17 +74,18 @@ class Stepper:
         if not worth:
             return []
         flat = self._flat(key, batch, worth, loose=self._fuses)
-        names = [name for place, name in enumerate(self.weights) if place in flat.held]
-        for name in names:
-            self.weights[name] = Factored(
-                bases[name],
-                len(self._leaf(name)) if self.clients else None,
-                rows,
-                self.program.rule,
-                choice.products,
+        names, size = list(self.weights), batch[0].shape[int(self.clients)]
+        for place in sorted(flat.held):
+            # A layer may see several rows of each example, as many as there are steps of time.
+            base, (each, rest) = bases[names[place]], divmod(flat.products[place], size)
+            if rest or most * each > min(base.shape):
+                continue
+            clients = len(batch[0]) if self.clients else None
+            self.weights[names[place]] = Factored(
+                *(base, clients, rows * each, self.program.rule, choice.products)
             )
-        self._factored = flat.held
-        return names
+            self._factored |= {place}
+        return [names[place] for place in self._factored]
 
     def plain_step(self, noise: Noise, batch: Batch) -> Tensor:
         """One step of a single client through autograd, in the network's own buffers."""
@@ -115,7 +116,7 @@ class Stepper:
             if isinstance(weight, Factored):
                 weight.add(next(left), next(left), active)
             else:
-                kept += [next(left) for _ in range(1 + product)]
+                kept += [next(left) for _ in range(2 if product else 1)]
                 products.append(product)
         if loose:
             self._add(kept, products)
@@ -178,7 +179,7 @@ class Stepper:
             clients=self.clients,
         )
 
-    def _add(self, found: Sequence[Tensor], products: Sequence[bool]) -> None:
+    def _add(self, found: Sequence[Tensor], products: Sequence[int]) -> None:
         """With momentum v <- m v + g + d w; w <- w - lr v. Else w <- (1 - lr d) w - lr g.
 
         `found` holds a gradient, or the two factors of one, for each weight that is written out.

@@ -25,13 +25,14 @@ _MOST = 32  # a loss made anew each round must not pile up traces
 
 
 class Flat(NamedTuple):
-    """A traced function: leaves in, a flat list out; `products` says which leaves are factors.
+    """A traced function: leaves in, a flat list out.
 
-    The inputs numbered `held` are `subfleet.platform.factors.Factored`.
+    `products` says which leaves are factors, and of how many rows (`graphs.factored`). The
+    inputs numbered `held` are `subfleet.platform.factors.Factored`.
     """
 
     run: Callable[..., Sequence[Any]]
-    products: Sequence[bool]  # see `subfleet.platform.graphs.factored`
+    products: Sequence[int]
     module: GraphModule
     held: frozenset[int] = frozenset()
 

@@ -15,7 +15,7 @@ from subfleet.core.lowrank import dense
 from subfleet.core.program import LocalRule, LossProgram, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
-from subfleet.models import chain
+from subfleet.models import chain, supernet
 from subfleet.platform import loop, mapped
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.engine import SKIPPED
@@ -187,6 +187,49 @@ def test_part_batches_of_layers_that_cannot_weigh_rows_go_through_autograd():
     assert held(whole) == ["fc.weight"] and not held(part)
     for one, other in zip((whole, part), wanted, strict=True):
         assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+class OverTime(nn.Module):
+    """A dense layer on each of four pieces of an example, then one on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Linear(40, 48), nn.Linear(48 * 4, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = x.view(len(x), 4, 40)
+        return self.head(torch.relu(self.each(pieces)).flatten(1))
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+@pytest.mark.parametrize(
+    ("size", "names"), [(8, ["each.weight", "head.weight"]), (16, ["head.weight"])]
+)
+def test_a_layer_may_see_several_rows_of_an_example(way, size, names):
+    net = supernet(OverTime(), torch.zeros(2, 160))
+    program = toys.loss_program()
+    found = trained(choice(way), program, [size, size - 1], net)
+    wanted = trained(choice("loop"), program, [size, size - 1], net)
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == names
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+def twice(net, params, batch, noise, inputs):
+    """A loss that goes through the network twice: each gradient is a sum of two products."""
+    scores = net(params, batch.x) + 0.5 * net(params, 0.9 * batch.x)
+    rows = torch.nn.functional.cross_entropy(scores, batch.y, reduction="none")
+    return batch.mean(rows), {}
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_layers_that_a_loss_runs_twice_are_written_out(way):
+    program = LossProgram(twice, LocalRule(lr=0.1), Stream(batch=4))
+    found = trained(choice(way), program, [8, 6])
+    wanted = trained(choice("loop"), program, [8, 6])
+    for one, other in zip(found, wanted, strict=True):
+        assert not held(one)
+        assert toys.distance(one.result.update, other.result.update) < 1e-5
 
 
 # -- bundles
