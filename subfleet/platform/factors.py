@@ -39,6 +39,7 @@ class Factored:
         self.base_OI, self.clients, self._rule = base_OI, clients, rule
         self.left_KRO = base_OI.new_empty(count, rows, outputs)
         self.right_KRI = base_OI.new_empty(count, rows, inputs)
+        self._bases: dict[torch.dtype, Tensor] = {}
         self._linear, self._outer = products.linear(library), products.outer(library)
         self._rows = 0  # H
         # The local rule, played on how often W and each row count: of the weights, the velocity.
@@ -62,11 +63,17 @@ class Factored:
 
     def outputs(self, x: Tensor) -> Tensor:
         """`x W_k^T`: [K, B, O] from [K, B, I]."""
-        return self._times(x, self.base_OI, self.right_KRI, self.left_KRO)
+        return self._times(x, self._base(x), self.right_KRI, self.left_KRO)
 
     def inputs(self, g: Tensor) -> Tensor:
         """`g W_k`: [K, B, I] from [K, B, O]."""
-        return self._times(g, self.base_OI.t(), self.left_KRO, self.right_KRI)
+        return self._times(g, self._base(g).t(), self.left_KRO, self.right_KRI)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """W in the type of what it is multiplied by: bfloat16 under autocast."""
+        if x.dtype not in self._bases:
+            self._bases[x.dtype] = self.base_OI.to(x.dtype)
+        return self._bases[x.dtype]
 
     def _times(self, x: Tensor, base: Tensor, met_KR: Tensor, gives_KR: Tensor) -> Tensor:
         shape = (*x.shape[:-1], len(base))
@@ -74,10 +81,10 @@ class Factored:
         if self._scale_K11 is not None:
             found.mul_(self._scale_K11)
         if self._rows:
-            x_KB = x.reshape(len(met_KR), -1, x.shape[-1])
+            found, x_KB = found.float(), x.reshape(len(met_KR), -1, x.shape[-1]).float()
             alike = torch.bmm(x_KB, met_KR[:, : self._rows].transpose(1, 2))
             found.baddbmm_(alike.mul_(self._count_K1H), gives_KR[:, : self._rows])
-        return found.view(shape)
+        return found.view(shape).to(x.dtype)
 
     def add(self, left: Tensor, right: Tensor, active: np.ndarray | None) -> None:
         """A step: the gradient is `left right`, [K, O, B] and [K, B, I]; `active` bool [K]."""
@@ -136,8 +143,8 @@ class Factored:
 def only_multiplied(weight: Node) -> bool:
     """Whether a graph does nothing with a weight but multiply by it, from the right."""
     for user in weight.users:
-        if user.target in TRANSPOSES:
-            if not (swaps_last(user) and only_multiplied(user)):
+        if _is_cast(user) or (user.target in TRANSPOSES and swaps_last(user)):
+            if not only_multiplied(user):
                 return False
         elif (
             _second(user) is not weight
@@ -146,6 +153,10 @@ def only_multiplied(weight: Node) -> bool:
         ):
             return False
     return bool(weight.users)
+
+
+def _is_cast(node: Node) -> bool:
+    return node.target is aten._to_copy.default and node.kwargs.keys() == {"dtype"}
 
 
 def _second(node: Node) -> Node | None:
@@ -173,8 +184,9 @@ def multiply(module: GraphModule, places: Collection[int]) -> frozenset[int]:
 
 def _replace(module: GraphModule, weight: Node, found: Node, *, transposed: bool) -> None:
     for user in list(found.users):
-        if user.target in TRANSPOSES:
-            _replace(module, weight, user, transposed=not transposed)
+        if user.target in TRANSPOSES or _is_cast(user):
+            turned = transposed ^ (user.target in TRANSPOSES)
+            _replace(module, weight, user, transposed=turned)
             continue
         *bias, x, _ = user.args
         with module.graph.inserting_before(user):

@@ -232,6 +232,22 @@ def test_layers_that_a_loss_runs_twice_are_written_out(way):
         assert toys.distance(one.result.update, other.result.update) < 1e-5
 
 
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_in_bfloat16_large_layers_are_held_too(way):
+    layers = OrderedDict(fc=nn.Linear(1100, 1000), act=nn.ReLU(), head=nn.Linear(1000, 5))
+    net = chain("large", nn.Sequential(layers), (1100,))
+    program = toys.loss_program(LocalRule(lr=0.01), Stream(batch=4))
+    half = {"dtype": "bfloat16"}
+    found = trained(choice(way, **half), program, [12, 8], net)
+    wanted = trained(choice(way, factored=False, **half), program, [12, 8], net)
+    start = net.init(0)["fc.weight"]
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == ["fc.weight"] and not held(other)
+        moved, should = (returned(client)["fc.weight"] - start for client in (one, other))
+        assert float((moved - should).norm() / should.norm()) < 0.01
+        assert one.loss == pytest.approx(other.loss, rel=0.01)
+
+
 # -- bundles
 
 
