@@ -26,7 +26,7 @@ from torch import Tensor
 from subfleet.core import wide
 from subfleet.core.errors import InputError
 from subfleet.core.lowrank import LowRank, Owed, dense
-from subfleet.core.units import IndexMap, Tensors, UnitSpace
+from subfleet.core.units import IndexMap, Shaped, Tensors, UnitSpace
 
 DENSE_LIMIT = 8
 """With more distinct maps than this an update keeps full-size sums instead of one per map."""
@@ -128,7 +128,8 @@ def accumulate(
     _own(update)
     weight = float(weight)
     if update.dense is not None:
-        _add_dense(update.dense, space, map, dense(tensors), weight, clients=1, scale=weight)
+        written = {name: tensor.cpu() for name, tensor in dense(tensors).items()}
+        _add_dense(update.dense, space, map, written, weight, clients=1, scale=weight)
     else:
         key = _key(map, tensors)
         part = update.parts.get(key)
@@ -140,6 +141,12 @@ def accumulate(
             _add_to_part(part, tensors, weight)
     update.weight += weight
     update.clients += 1
+
+
+def settle(update: Update) -> None:
+    """Multiply out, in place, what clients returned as factors."""
+    for part in update.parts.values():
+        _ = part.total
 
 
 def merge(a: Update, b: Update, space: UnitSpace, *, reuse: bool = False) -> Update:
@@ -261,11 +268,12 @@ def _add_to_part(part: Part, tensors: Mapping[str, Tensor | LowRank], weight: fl
 
 def _add(part: Part, name: str, tensor: Tensor | LowRank, weight: float) -> None:
     """Num += a_k theta_k, of one tensor."""
-    total = part.sums.get(name)
-    if total is not None and tensor.shape != total.shape:
-        raise _shapes_differ(name, tensor, total)
+    total, owed = part.sums.get(name), part.owed.get(name)
+    known = total if owed is None else owed
+    if known is not None and tensor.shape != known.shape:
+        raise _shapes_differ(name, tensor, known)
     if isinstance(tensor, LowRank):
-        owed = part.owed.setdefault(name, Owed())
+        owed = part.owed.setdefault(name, Owed(tensor.shape))
         owed.add(tensor, weight)
         if owed.is_much():
             part.sums[name] = owed.multiplied(total)
@@ -341,7 +349,7 @@ def _add_sums(into: Tensors, other: Tensors) -> None:
             raise _shapes_differ(name, tensor, into[name])
 
 
-def _shapes_differ(name: str, tensor: Tensor | LowRank, total: Tensor) -> InputError:
+def _shapes_differ(name: str, tensor: Shaped, total: Shaped) -> InputError:
     return InputError(
         f"tensor {name!r} has shape {tuple(tensor.shape)}, other clients with its map "
         f"{tuple(total.shape)}; use the map that the tensor was cut with"

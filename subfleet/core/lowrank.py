@@ -21,6 +21,7 @@ from torch import Tensor
 from subfleet.core import wide
 
 _MANY = 1 << 20  # entries of factors that are always held before they are multiplied out
+_BASES = 4  # matrices that clients began with, held likewise
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ def dense(tensors: Mapping[str, Tensor | LowRank]) -> dict[str, Tensor]:
 class Owed:
     """A sum over clients of one matrix that is not made yet: sum_k a_k W_k."""
 
+    shape: torch.Size
     left: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     bases: dict[int, tuple[Tensor, float]] = field(default_factory=dict)  # each W, sum a_k s_k
@@ -79,11 +81,10 @@ class Owed:
         self.multiply = value.multiply
 
     def is_much(self) -> bool:
-        """Whether the factors take more memory than the matrix, and that matters."""
-        if not self.left:
-            return False
-        (_, outputs), (_, inputs) = self.left[0].shape, self.right[0].shape
-        return self.rows * (outputs + inputs) > max(outputs * inputs, _MANY)
+        """Whether what is held takes more memory than the matrix, and that matters."""
+        outputs, inputs = self.shape
+        factors, matrix = self.rows * (outputs + inputs), outputs * inputs
+        return factors > max(matrix, _MANY) or len(self.bases) > _BASES
 
     def multiplied(self, total: Tensor | None) -> Tensor:
         """The float64 total with the products that are owed; it is written to, if there is one."""
@@ -93,6 +94,8 @@ class Owed:
         left *= weights.unsqueeze(1).to(left.device)
         self.left, self.right, self.weights, self.rows = [], [], [], 0
         found = self.multiply(left, right)
+        if len(self.bases) > _BASES:
+            total = self._with_bases(total)
         if not math.isfinite(float(torch.linalg.vector_norm(found))):  # beyond float32
             found = product(left.double(), right.double())
         return _plus(total, found.cpu(), 1.0)
@@ -101,6 +104,9 @@ class Owed:
         """The float64 total with all that is owed; it is written to, if there is one."""
         if self.left:
             total = self.multiplied(total)
+        return self._with_bases(total)
+
+    def _with_bases(self, total: Tensor | None) -> Tensor:
         for base, weight in self.bases.values():
             total = _plus(total, base.cpu(), weight)
         self.bases = {}

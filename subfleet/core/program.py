@@ -123,7 +123,11 @@ class LocalRule:
 
 
 class Batch(NamedTuple):
-    """One batch. `weight` is None, or 1 for real rows and 0 for padding (mapped clients)."""
+    """One batch. `weight` is None, or 1 for real rows and 0 for padding.
+
+    Padded are the part batches of clients side by side, and of those whose weights are held as
+    factors: a loss takes its mean by `mean`.
+    """
 
     x: Tensor  # [B, *input_shape]
     y: Tensor  # [B]

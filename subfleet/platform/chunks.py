@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from subfleet.core import seeds
-from subfleet.core.lowrank import LowRank
+from subfleet.core.lowrank import LowRank, dense
 from subfleet.core.program import (
     ClientProgram,
     ClientResult,
@@ -64,15 +64,22 @@ class Trained(NamedTuple):
     steps: int
     rows: int
     healthy: bool  # no NaN or infinity in its loss and tensors
-    params: Params | None  # the locally trained network, for the local test
+    params: Params | None  # the locally trained network, without `factors`
     factors: Mapping[str, LowRank] = {}
+
+    @property
+    def network(self) -> Params | None:
+        """What is tested on the client's own rows: its personal network or the trained one."""
+        if self.result.local or not self.factors or self.params is None:
+            return self.result.local or self.params
+        return {**self.params, **dense(self.factors)}
 
 
 @dataclass
 class Chunk:
     """Clients of one variant; `positions` are their places in the bundle's blocks.
 
-    `sums`: what they return is added up, and nobody looks at a single one's weights.
+    `sums`: what they return is added up as it is, so that it may come as factors.
     """
 
     net: SuperNetwork

@@ -108,8 +108,7 @@ class Engine:
         program, collect = phase.program, phase.reduction == "collect"
         started = perf_counter()
         tally = _Tally(self.work.net, program, len(bundle.tasks), collect=collect)
-        plain = isinstance(program, LossProgram) and program.finish is None
-        sums = plain and not collect and not bundle.local_test
+        sums = isinstance(program, LossProgram) and program.finish is None and not collect
         for variant, positions in bundle.chunks():
             tasks = [bundle.tasks[i] for i in positions]
             choice = bundle.choices[variant_name(variant)]
@@ -137,12 +136,12 @@ class Engine:
                 ):
                     seconds = perf_counter() - clock
                     tested = None
-                    network = trained.result.local or trained.params
-                    if bundle.local_test and network is not None and trained.healthy:
+                    if bundle.local_test and trained.healthy and (network := trained.network):
                         rows = evaluation.rows_of(blocks["test"], position)
                         tested = evaluation.score(resident, network, *rows, self.work.scale)
                     tally.add(task, position, trained, seconds, tested)
                     clock = perf_counter()
+                tally.settle()
         return tally.result(bundle.number, {"train": perf_counter() - started})
 
     def trial(
@@ -310,11 +309,12 @@ class _Tally:
         # What it trained, which may be more than what it returns.
         trained_macs = macs if map is task.map else self._cost(task.map)[1]
         spent = flops(self.program, trained_macs, trained.rows)
-        written = {name: value.cpu() for name, value in result.update.items()}
-        update = {**written, **trained.factors}
-        sent = 4 * sum(value.numel() for value in update.values())
+        entries = [v.numel() for tree in (result.update, trained.factors) for v in tree.values()]
+        sent = 4 * sum(entries)
         if healthy:
             if self.update is not None:
+                written = {name: value.cpu() for name, value in result.update.items()}
+                update = {**written, **trained.factors}
                 aggregate.accumulate(self.update, self.net.space, map, update, task.weight)
             elif self.collected is not None:
                 self.collected.append(Collected(task, _detached(result)))
@@ -345,6 +345,11 @@ class _Tally:
                 "status": OK if healthy else SKIPPED,
             }
         )
+
+    def settle(self) -> None:
+        """Multiplies out what was only noted down, while the clock still runs."""
+        if self.update is not None:
+            aggregate.settle(self.update)
 
     def result(self, number: int, seconds: dict[str, float]) -> BundleResult:
         """The bundle's result; the table has one row per client, in task order."""

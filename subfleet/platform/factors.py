@@ -78,10 +78,11 @@ class Factored:
     def _times(self, x: Tensor, base: Tensor, met_KR: Tensor, gives_KR: Tensor) -> Tensor:
         shape = (*x.shape[:-1], len(base))
         found = self._linear(x.reshape(-1, x.shape[-1]), base).view(len(met_KR), -1, len(base))
+        found = found.float()
         if self._scale_K11 is not None:
             found.mul_(self._scale_K11)
         if self._rows:
-            found, x_KB = found.float(), x.reshape(len(met_KR), -1, x.shape[-1]).float()
+            x_KB = x.reshape(len(met_KR), -1, x.shape[-1]).float()
             alike = torch.bmm(x_KB, met_KR[:, : self._rows].transpose(1, 2))
             found.baddbmm_(alike.mul_(self._count_K1H), gives_KR[:, : self._rows])
         return found.view(shape).to(x.dtype)
@@ -90,11 +91,24 @@ class Factored:
         """A step: the gradient is `left right`, [K, O, B] and [K, B, I]; `active` bool [K]."""
         first, self._rows = self._rows, self._rows + right.shape[-2]
         rows = slice(first, self._rows)
+        if (more := self._rows - self.left_KRO.shape[1]) > 0:
+            self._grow(more)
+        if active is not None:  # what padding made may be no number
+            which = torch.from_numpy(active).to(left.device).view(-1, 1, 1)
+            left, right = torch.where(which, left, 0.0), torch.where(which, right, 0.0)
         self.right_KRI[:, rows] = right
         self.left_KRO[:, rows] = left.transpose(-1, -2)
-        if active is not None:  # what padding made may be no number
-            self.left_KRO[torch.from_numpy(~active).to(left.device), rows] = 0.0
         self._count(rows, slice(None) if active is None else active)
+
+    def _grow(self, more: int) -> None:
+        """For steps of more rows than there are examples in their batch promised."""
+        self.left_KRO, self.right_KRI = (
+            torch.cat([held, held.new_empty(len(held), more, held.shape[2])], dim=1)
+            for held in (self.left_KRO, self.right_KRI)
+        )
+        self._count_KR, self._velocity_KR = (
+            np.pad(held, ((0, 0), (0, more))) for held in (self._count_KR, self._velocity_KR)
+        )
 
     def _count(self, rows: slice, who: slice | np.ndarray) -> None:
         """Of the clients `who`: v <- m v + g + d w + mu (w - w_start);  w <- w - lr v."""
@@ -104,7 +118,7 @@ class Factored:
         self._velocity_KR[who] = velocity
         self._count_KR[who] -= rule.lr * velocity
         self._count_K1H = self._on_device(self._count_KR[:, None, : self._rows])
-        if pull or self._scale_K11 is not None:
+        if pull:
             scale = self._scale_K[who]
             moved = rule.momentum * self._scale_velocity_K[who]
             moved = moved + rule.weight_decay * scale + rule.proximal * (scale - 1.0)
@@ -191,7 +205,9 @@ def _replace(module: GraphModule, weight: Node, found: Node, *, transposed: bool
         *bias, x, _ = user.args
         with module.graph.inserting_before(user):
             new = module.graph.call_method("outputs" if transposed else "inputs", (weight, x))
+            new.meta = dict(user.meta)
             if bias:
                 new = module.graph.call_function(aten.add.Tensor, (new, *bias))
+                new.meta = dict(user.meta)
         user.replace_all_uses_with(new)
         module.graph.erase_node(user)

@@ -119,7 +119,8 @@ def _loss_client(chunk: Chunk, index: int, net: Resident, program: LossProgram) 
         rows = sum(map(len, schedule))
         loss = _mean(losses, schedule)
     healthy = healthy and (rows == 0 or math.isfinite(loss))
-    return Trained(result, loss, len(schedule), rows, healthy, trained, factors)
+    params = trained if factors else net.params
+    return Trained(result, loss, len(schedule), rows, healthy, params, factors)
 
 
 def _factor(
@@ -155,8 +156,9 @@ def _padded(batch: Batch, whole: int | None) -> tuple[Tensor, Tensor, Tensor]:
     assert whole is not None
     more = _missing(len(batch.y), whole)
     x, y = (F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, more]) for rows in batch[:2])
-    weight = F.pad(x.new_ones(len(batch.y)), [0, more])
-    return x, y, weight
+    # Of real rows, as for mapped clients: what is all zeros some networks divide by.
+    x[len(batch.x) :], y[len(batch.y) :] = batch.x[0], batch.y[0]
+    return x, y, F.pad(torch.ones(len(batch.y), device=x.device), [0, more])
 
 
 def _own_copy(params: Params, net: Resident) -> Params:

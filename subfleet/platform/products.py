@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from subfleet.core.lowrank import product
+
 Library = Literal["blas", "onednn"]
 Linear = Callable[[Tensor, Tensor], Tensor]
 _SMALL = 1 << 21  # multiplications, below which oneDNN's preparations take as long as they save
@@ -37,15 +39,11 @@ def linear(library: Library) -> Linear:
 
 def outer(library: Library) -> Linear:
     """`(left, right) -> left^T right`, [O, I], of [R, O] and [R, I]."""
-    return _onednn_outer if library == "onednn" else _blas_outer
+    return _onednn_outer if library == "onednn" else product
 
 
 def _blas(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w.t())
-
-
-def _blas_outer(left: Tensor, right: Tensor) -> Tensor:
-    return torch.mm(left.t(), right)
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

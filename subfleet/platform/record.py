@@ -77,6 +77,13 @@ class Choice:
                 f"engine record: compiled=True with way='loop' for variant {self.variant}; "
                 "only traced and vmap steps are compiled"
             )
+        fits = self.device == "cpu" and self.way != "loop" and products.has_onednn()
+        if self.products == "onednn" and not fits:
+            raise InputError(
+                f"engine record: products='onednn' for variant {self.variant} with "
+                f"device={self.device!r} and way={self.way!r}; only traced and vmap steps on a CPU "
+                "have it, where torch comes with oneDNN"
+            )
         for name in ("side_by_side", "from_round"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -223,6 +230,8 @@ def candidates(
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
     last = images and takes_channels_last(net)
+    # Only traced steps name their products; and what is not tried goes by torch's own.
+    tries = engine == "auto" and "traced" in ways
     return [
         Choice(
             variant=variant_name(variant),
@@ -237,7 +246,7 @@ def candidates(
         )
         for way, width in dict.fromkeys(order)
         if way in ways
-        for library in (_libraries(net, device, width) if way != "loop" else ("blas",))
+        for library in (_libraries(net, device, width) if tries and way != "loop" else ("blas",))
     ]
 
 

@@ -45,8 +45,6 @@ class Resident:
             layers.spare_small_linear(module)
         self.step = layers.Step()
         self._steps_matter = layers.adopt(module, self.step)
-        # Whether rows of weight 0 leave no trace in what the layers make of the others.
-        self.weighs_rows = layers.can_map(module, net.statistics)
         # A chain without hooks runs layer by layer: nn.Module's call costs 3 us a layer.
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         self._layers = [layer.forward for layer in module.children()] if plain else [module]
@@ -57,6 +55,8 @@ class Resident:
         # Buffers outside the super-network's tensors are constants, such as frozen word vectors.
         buffers = module.named_buffers()
         self.statistics = {n: b for n, b in buffers if n in net.space.axes}
+        # Whether rows of weight 0 leave no trace in what the layers make of the others.
+        self.weighs_rows = layers.can_map(module, self.statistics)
         self._slimmed = Slimmed(net, map, module, self.step)
         self.params: Params = {**self.trainable, **self.statistics}
         fresh = net.fresh_statistics(map)  # of a client that saw no data yet
@@ -122,8 +122,9 @@ class Resident:
     def load(self, params: Params) -> None:
         """Copies a client's start into the buffers that it names."""
         names = [name for name in self.params if name in params]
-        with torch.no_grad():
-            kernels.copy_([self.params[n] for n in names], [params[n] for n in names])
+        if names:
+            with torch.no_grad():
+                kernels.copy_([self.params[n] for n in names], [params[n] for n in names])
 
     def images(self, x: Tensor, scale: Scaling) -> Tensor:
         """Rows as the network wants them: pixels and numbers float and scaled, tokens int64."""

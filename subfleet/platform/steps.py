@@ -118,6 +118,8 @@ class Stepper:
             else:
                 kept += [next(left) for _ in range(2 if product else 1)]
                 products.append(product)
+        if not self._dense:
+            return loss
         if loose:
             self._add(kept, products)
         elif active is None:

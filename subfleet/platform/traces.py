@@ -21,7 +21,7 @@ from subfleet.core.errors import InputError, RunFailed
 from subfleet.platform import calls, factors, graphs, products
 from subfleet.platform.memory import ran_out
 
-_MOST = 32  # a loss made anew each round must not pile up traces
+_MOST = 128  # a loss made anew each round must not pile up traces
 
 
 class Flat(NamedTuple):
@@ -38,7 +38,7 @@ class Flat(NamedTuple):
 
 
 class Traces:
-    """Traced functions by key; the oldest go first."""
+    """Traced functions by key; those that were asked for longest ago go first."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[Hashable, Flat] = OrderedDict()
@@ -49,6 +49,7 @@ class Traces:
             found = self._held[key] = make()
             if len(self._held) > _MOST:
                 self._held.popitem(last=False)
+        self._held.move_to_end(key)
         return found
 
 

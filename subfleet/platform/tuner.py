@@ -35,6 +35,7 @@ from subfleet.platform.job import Job
 from subfleet.platform.record import Choice, candidates, possible, variant_name
 from subfleet.platform.runfolder import RunFolder
 
+TRIALS = 2  # the version of what a trial does; times of another are no use
 MOST_TRIED = 3  # variants; the others go by the one nearest in arithmetic
 CLEARLY = 0.95  # of the time of what would be taken untried, or it is not worth another way
 
@@ -232,6 +233,7 @@ class Tuner:
         told: list[Any] = [
             *(machine, os.cpu_count(), torch.__version__, self.net.name, task.variant),
             *(self.net.cost(task.map), _told(phase.program), self.net.input_shape),
+            *(phase.reduction, task.num_samples.bit_length(), TRIALS),
             [asdict(replace(choice, from_round=1)) for choice in worth],
         ]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
@@ -243,7 +245,7 @@ def _told(program: ClientProgram) -> str:
         function = program.loss
         name = f"{function.__module__}.{getattr(function, '__qualname__', type(function))}"
         rule = replace(program.rule, lr=1.0, schedule=None)  # no step takes longer for these
-        return f"{name} {rule} {program.stream}"
+        return f"{name} {rule} {program.stream} {program.finish is None}"
     return f"{type(program).__name__} {getattr(program, 'streams', '')}"
 
 

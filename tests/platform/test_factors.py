@@ -11,12 +11,13 @@ import toys
 from torch import nn
 
 from subfleet.algorithms.fedavg import FedAvg
+from subfleet.algorithms.local import cross_entropy
 from subfleet.core.lowrank import dense
-from subfleet.core.program import LocalRule, LossProgram, Stream
+from subfleet.core.program import ClientResult, LocalRule, LossProgram, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.models import chain, supernet
-from subfleet.platform import loop, mapped
+from subfleet.platform import loop, mapped, products
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.engine import SKIPPED
 from subfleet.platform.factors import Factored
@@ -102,6 +103,91 @@ def test_the_numbers_are_those_of_the_loop(way, rule):
         assert toys.distance(returned(one), other.result.update) < 1e-5
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert (one.steps, one.rows, one.healthy) == (other.steps, other.rows, True)
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_part_batches_are_padded_with_rows_that_count_for_nothing(way, library):
+    """Rows over their own norm: padding of zeros would be no number."""
+
+    def unit(net, params, batch, noise, inputs):
+        rows = batch.x / batch.x.norm(dim=1, keepdim=True)
+        return cross_entropy(net, params, batch._replace(x=rows), noise, inputs)
+
+    if library == "onednn" and not products.has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    program = LossProgram(unit, LocalRule(lr=0.3, momentum=0.5), Stream(batch=8))
+    sizes = [15, 13, 3, 16, 17, 0, 1]
+    found = trained(choice(way, products=library), program, sizes)
+    wanted = trained(choice("loop"), program, sizes)
+    for size, one, other in zip(sizes, found, wanted, strict=True):
+        assert held(one) == (WIDE if size else []) or way == "vmap"
+        assert (one.steps, one.rows, one.healthy) == (other.steps, other.rows, True)
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_networks_of_nothing_but_such_layers(way, rule):
+    net = toys.linear(40, 30, bias=False)
+    program = toys.loss_program(rule, Stream(batch=4))
+    found = trained(choice(way), program, [8, 6, 12], net)
+    wanted = trained(choice("loop"), program, [8, 6, 12], net)
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == ["fc.weight"] and not one.result.update
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_large_layers_one_upon_the_other_by_onednn(way):
+    layers = OrderedDict(fc=nn.Linear(784, 600), head=nn.Linear(600, 200))
+    net = chain("deep", nn.Sequential(layers), (784,))
+    program = toys.loss_program(LocalRule(lr=0.05), Stream(batch=20))
+    found = trained(choice(way, products="onednn"), program, [40, 30], net)
+    wanted = trained(choice("loop"), program, [40, 30], net)
+    for one, other in zip(found, wanted, strict=True):
+        assert held(one) == ["fc.weight", "head.weight"]
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+def test_what_a_finished_client_makes_of_padding_counts_for_nothing():
+    weight = Factored(torch.ones(2, 3), 2, 2, LocalRule(lr=1.0, momentum=0.5), "blas")
+    ones = torch.ones(2, 1, 3)
+    weight.add(torch.ones(2, 2, 1), ones, None)
+    broken = torch.full((2, 1, 3), float("inf"))
+    broken[0] = 1.0
+    weight.add(torch.ones(2, 2, 1), broken, np.array([True, False]))
+    assert torch.isfinite(weight.outputs(ones)).all()
+    assert weight.finish().tolist() == [True, True]
+    # v = 1, then 1.5: w = 1 - 1 - 1.5 of the first, and 1 - 1 of the one that was done.
+    assert weight[0].dense().tolist() == [[-1.5] * 3] * 2
+    assert weight[1].dense().tolist() == [[0.0] * 3] * 2
+
+
+def test_a_step_of_more_rows_than_promised():
+    weight = Factored(torch.zeros(2, 3), None, 1, LocalRule(lr=1.0), "blas")
+    weight.add(torch.ones(2, 1), torch.ones(1, 3), None)
+    weight.add(torch.ones(2, 4), torch.ones(4, 3), None)
+    assert weight.finish().tolist() == [True]
+    assert weight[0].dense().tolist() == [[-5.0] * 3] * 2
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_starts_are_never_written_to(way):
+    """Whatever an algorithm's finish does with what it is given, in groups without a step, too."""
+
+    def finish(start, mine, kept, inputs):
+        for value in mine.values():
+            value.mul_(2.0)
+        return ClientResult(mine)
+
+    program = replace(toys.loss_program(), finish=finish)
+    sizes = [0, 0, 0, 8, 8]  # three side by side
+    found = trained(choice(way), program, sizes, sums=False)
+    wanted = trained(choice("loop"), program, sizes, sums=False)
+    for one, other in zip(found, wanted, strict=True):
+        assert toys.distance(one.result.update, other.result.update) < 1e-5
 
 
 def test_one_step_of_one_client_by_hand():
@@ -307,3 +393,28 @@ def test_runs_end_alike_for_any_number_of_hosts(way, tmp_path):
         return toys.run(job, tmp_path / name, workers=workers)["params_sha256"]
 
     assert digest(1, "one") == digest(3, "three")
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_measuring_changes_nothing_that_is_trained(way, tmp_path):
+    def digest(every: int) -> str:
+        data = toys.federation([20, 16, 17, 18, 15, 18, 14, 18], NET.input_shape, 5)
+        algorithm = FedAvg(toys.setting(NET, rounds=4), width=1.0)
+        job = toys.job(algorithm, data, engine=way, cohort=6, eval_every=every)
+        return toys.run(job, tmp_path / f"every{every}")["params_sha256"]
+
+    assert digest(1) == digest(2) == digest(3)
+
+
+@pytest.mark.parametrize("way", ["traced", "vmap"])
+def test_the_local_test_sees_the_whole_network(way):
+    data = toys.federation([20, 16, 17], NET.input_shape, 5)
+    tasks = [toys.task(NET, k, samples=10) for k in range(3)]
+    algorithm = toys.OneProgram(toys.setting(NET), toys.loss_program())
+    tested = [
+        toys.run_bundle(
+            algorithm, tasks, data, NET.init(0), one, local_test=True, factored=True
+        ).table["acc_local"]
+        for one in (way, "loop")
+    ]
+    assert tested[0].tolist() == tested[1].tolist()

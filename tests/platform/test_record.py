@@ -70,6 +70,13 @@ def test_what_cannot_be_computed_is_refused(wrong):
         EngineRecord.from_json({"version": 1, "choices": [entry]})
 
 
+@pytest.mark.parametrize("other", [{"way": "loop"}, {"way": "vmap", "device": "cuda"}])
+def test_onednn_is_refused_where_it_multiplies_nothing(other):
+    entry = {"variant": "a", "device": "cpu", "products": "onednn"} | other
+    with pytest.raises(InputError, match="products='onednn' for variant a"):
+        EngineRecord.from_json({"version": 1, "choices": [entry]})
+
+
 def test_a_record_grows_at_its_end():
     first = EngineRecord((Choice("a", "cpu", "loop"),))
     grown = first.extended([Choice("b", "cpu", "loop")])
