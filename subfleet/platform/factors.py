@@ -23,6 +23,8 @@ from subfleet.core.program import LocalRule
 from subfleet.platform import products
 from subfleet.platform.graphs import TRANSPOSES, Node, aten, swaps_last
 
+LEAST = 1 << 19  # weights of all clients at once, below which more kernels cost what they save
+
 
 class Factored:
     """scale_k W + sum_r c_kr g_kr x_kr^T for each client k; calls take [K, B, ...] or [B, ...]."""

@@ -28,6 +28,7 @@ Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
 SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 16 << 20
+MAPPED_BYTES = 512 << 20  # of all clients' parameters, if they had to be written out
 USUAL_BATCH = 20
 FULL = IndexMap.full()
 
@@ -218,20 +219,21 @@ def candidates(
     time, traced. Mapped convolutions never paid on a CPU: there they are not tried.
     """
     images = any(layer.kind in ("conv", "depthwise") for layer in net.layers)
-    # Where the parameters of all leave the cache, mapping loses what it gains.
-    cached = (
-        CACHE_BYTES // (4 * net.stored_params(FULL)) if device == "cpu" else SIDE_BY_SIDE[device]
-    )
-    widest = max(2, min(SIDE_BY_SIDE[device], cached))
+    # Only traced steps name their products; and what is not tried goes by torch's own.
+    tries = engine == "auto" and "traced" in ways
+    # Where the parameters of all leave the cache, mapping loses what it gains ...
+    size, most = 4 * net.stored_params(FULL), SIDE_BY_SIDE[device]
+    cached = CACHE_BYTES // size if device == "cpu" else most
+    widest = max(2, min(most, cached))
     maps = device != "cpu" or (not images and cached >= 4)
     order: list[tuple[Way, int]] = [("traced", 1), ("loop", 1)]
     if maps:
         order = [("vmap", widest), ("vmap", max(2, widest // 4)), *order]
+    if tries and not images and cached < most <= MAPPED_BYTES // size:
+        order.append(("vmap", most))  # ... but for layers held as factors, which all share
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
     last = images and takes_channels_last(net)
-    # Only traced steps name their products; and what is not tried goes by torch's own.
-    tries = engine == "auto" and "traced" in ways
     return [
         Choice(
             variant=variant_name(variant),

@@ -19,7 +19,7 @@ from torch.func import grad_and_value, vmap
 from subfleet.core.errors import RunFailed
 from subfleet.core.lowrank import LowRank
 from subfleet.core.program import Batch, LossProgram, Noise, Params
-from subfleet.platform import kernels, rule
+from subfleet.platform import factors, kernels, rule
 from subfleet.platform.compiling import compiled
 from subfleet.platform.factors import Factored
 from subfleet.platform.resident import Resident, finite
@@ -68,8 +68,11 @@ class Stepper:
             return []
         worth = {
             place
-            for place, name in enumerate(self.weights)
-            if name in bases and bases[name].dim() == 2 and 0 < most <= min(bases[name].shape)
+            for place, (name, weight) in enumerate(self._written().items())
+            if name in bases
+            and bases[name].dim() == 2
+            and most <= min(bases[name].shape)
+            and weight.numel() >= factors.LEAST
         }
         if not worth:
             return []
@@ -154,17 +157,20 @@ class Stepper:
     def trained(self, client: int = 0) -> tuple[Params, dict[str, LowRank]]:
         """The weights of one of the clients: those that are written out, and the others."""
         written: Params = {}
-        factors: dict[str, LowRank] = {}
+        held: dict[str, LowRank] = {}
         for name, weight in self.weights.items():
             if isinstance(weight, Factored):
-                factors[name] = weight[client]
+                held[name] = weight[client]
             else:
                 written[name] = weight[client] if self.clients else weight
-        return written, factors
+        return written, held
 
-    def _leaf(self, name: str) -> Tensor:
-        weight = self.weights[name]
-        return weight.example() if isinstance(weight, Factored) else weight
+    def _written(self) -> Params:
+        """Tensors of the weights' shapes."""
+        return {
+            name: weight.example() if isinstance(weight, Factored) else weight
+            for name, weight in self.weights.items()
+        }
 
     def _begin(self) -> None:
         if self._begun:
@@ -221,7 +227,7 @@ class Stepper:
     ) -> Flat:
         """The step's gradient; compiled where that was chosen and the batch is a whole one."""
         choice = self.net.choice
-        leaves = [*map(self._leaf, self.weights), *self._others, key, *batch]
+        leaves = [*self._written().values(), *self._others, key, *batch]
         full = not self.clients or len(batch[0]) == choice.side_by_side
         compiles = choice.compiled and loose and full and len(batch) == 2  # no weights of rows
         flat = traced(

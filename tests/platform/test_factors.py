@@ -17,7 +17,7 @@ from subfleet.core.program import ClientResult, LocalRule, LossProgram, Stream
 from subfleet.core.scaling import Scaling
 from subfleet.core.units import IndexMap
 from subfleet.models import chain, supernet
-from subfleet.platform import loop, mapped, products
+from subfleet.platform import factors, loop, mapped, products
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.engine import SKIPPED
 from subfleet.platform.factors import Factored
@@ -27,6 +27,11 @@ from subfleet.platform.resident import Resident
 FULL = IndexMap.full()
 NET = toys.mlp(dim=40, hidden=(44, 34), classes=5)
 WIDE = ["fc0.weight", "fc1.weight"]  # the head's five outputs are fewer than any client's rows
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "LEAST", 0)
 
 
 def choice(way: str, *, factored: bool = True, **options: Any) -> Choice:
