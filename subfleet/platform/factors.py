@@ -50,18 +50,10 @@ class Factored:
         self._count_K1H = base_OI.new_empty(count, 1, 0)
         self._scale_K11: Tensor | None = None  # where it is not 1
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the weights, if they were written out."""
-        return (*self._of_clients, *self.base_OI.shape)
-
-    @property
-    def _of_clients(self) -> tuple[int, ...]:
-        return () if self.clients is None else (self.clients,)
-
     def example(self) -> Tensor:
-        """A tensor of this shape to trace with."""
-        return self.base_OI.expand(self.shape)
+        """A tensor of the shape that the weights have when they are written out."""
+        clients = () if self.clients is None else (self.clients,)
+        return self.base_OI.expand(*clients, *self.base_OI.shape)
 
     def outputs(self, x: Tensor) -> Tensor:
         """`x W_k^T`: [K, B, O] from [K, B, I]."""
