@@ -274,9 +274,9 @@ def _add(part: Part, name: str, tensor: Tensor | LowRank, weight: float) -> None
         raise _shapes_differ(name, tensor, known)
     if isinstance(tensor, LowRank):
         owed = part.owed.setdefault(name, Owed(tensor.shape))
-        owed.add(tensor, weight)
-        if owed.is_much():
+        if owed.is_much(tensor):
             part.sums[name] = owed.multiplied(total)
+        owed.add(tensor, weight)
     elif total is not None:
         wide.add_(total, tensor, weight)
     else:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subfleet.core import wide
 
-_MANY = 1 << 20  # entries of factors that are always held before they are multiplied out
+_MANY = 1 << 20  # entries of factors that may always wait to be multiplied out
 _BASES = 4  # matrices that clients began with, held likewise
 
 
@@ -75,23 +75,28 @@ class Owed:
         self.weights.append(weight)
         self.left.append(value.left)
         self.right.append(value.right)
-        self.rows += len(value.left)
+        self.rows += value.right.shape[0]
         _, before = self.bases.get(id(value.base), (value.base, 0.0))
         self.bases[id(value.base)] = (value.base, before + weight * value.scale)
         self.multiply = value.multiply
 
-    def is_much(self) -> bool:
-        """Whether what is held takes more memory than the matrix, and that matters."""
+    def is_much(self, value: LowRank) -> bool:
+        """Whether to multiply out before this one is added: what is held is larger than the matrix.
+
+        Not where its rows lie next to those that are held, and need not be copied to them.
+        """
+        if len(self.bases) > _BASES:
+            return True
         outputs, inputs = self.shape
         factors, matrix = self.rows * (outputs + inputs), outputs * inputs
-        return factors > max(matrix, _MANY) or len(self.bases) > _BASES
+        return factors > max(matrix, _MANY) and not _follows(self.right[-1], value.right)
 
     def multiplied(self, total: Tensor | None) -> Tensor:
         """The float64 total with the products that are owed; it is written to, if there is one."""
-        left, right = torch.cat(self.left), torch.cat(self.right)
-        rows = torch.tensor([len(factor) for factor in self.left])
+        left, right = _joined(self.left), _joined(self.right)
+        rows = torch.tensor([factor.shape[0] for factor in self.left])
         weights = torch.tensor(self.weights).repeat_interleave(rows)
-        left *= weights.unsqueeze(1).to(left.device)
+        left = left * weights.unsqueeze(1).to(left.device)
         self.left, self.right, self.weights, self.rows = [], [], [], 0
         found = self.multiply(left, right)
         if len(self.bases) > _BASES:
@@ -112,6 +117,21 @@ class Owed:
         self.bases = {}
         assert total is not None
         return total
+
+
+def _follows(one: Tensor, other: Tensor) -> bool:
+    """Whether the rows of two matrices lie one after the other in memory."""
+    return one.data_ptr() + one.nbytes == other.data_ptr() and one.is_contiguous()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all matrices; not copied where they lie so in memory."""
+    first, (_, width) = parts[0], parts[0].shape
+    rows = sum(part.shape[0] for part in parts)
+    room = first.untyped_storage().nbytes() // first.itemsize - first.storage_offset()
+    if rows * width > room or not all(map(_follows, parts, parts[1:])):
+        return torch.cat(parts)  # beyond `room`, what comes next in memory is someone else's
+    return first.as_strided((rows, width), (width, 1))
 
 
 def _plus(total: Tensor | None, tensor: Tensor, weight: float) -> Tensor:

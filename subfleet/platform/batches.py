@@ -104,11 +104,11 @@ def padded(schedules: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     ((2, 2, 2), [[2.0, 1.0], [1.0, 0.0]])
     """
     most = max((len(schedule) for schedule in schedules), default=0)
-    widest = max((len(batch) for schedule in schedules for batch in schedule), default=0)
-    rows = np.zeros((len(schedules), most, widest), np.int64)
-    weights = np.zeros((len(schedules), most, widest), np.float32)
+    sizes = np.zeros((len(schedules), most), np.int64)
     for k, schedule in enumerate(schedules):
-        for s, batch in enumerate(schedule):
-            rows[k, s, : len(batch)] = batch
-            weights[k, s, : len(batch)] = 1.0
-    return rows, weights
+        sizes[k, : len(schedule)] = [len(batch) for batch in schedule]
+    real = np.arange(sizes.max(initial=0)) < sizes[:, :, None]
+    rows = np.zeros(real.shape, np.int64)
+    if real.any():
+        rows[real] = np.concatenate([batch for schedule in schedules for batch in schedule])
+    return rows, real.astype(np.float32)

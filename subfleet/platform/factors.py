@@ -21,9 +21,10 @@ from torch.fx import GraphModule
 from subfleet.core.lowrank import LowRank
 from subfleet.core.program import LocalRule
 from subfleet.platform import products
-from subfleet.platform.graphs import TRANSPOSES, Node, aten, swaps_last
+from subfleet.platform.graphs import RESHAPES, TRANSPOSES, Node, aten, swaps_last
 
 LEAST = 1 << 19  # weights of all clients at once, below which more kernels cost what they save
+_TOGETHER = 24  # rows of several steps that meet all rows before them in one product
 
 
 class Factored:
@@ -72,14 +73,17 @@ class Factored:
     def _times(self, x: Tensor, base: Tensor, met_KR: Tensor, gives_KR: Tensor) -> Tensor:
         shape = (*x.shape[:-1], len(base))
         found = self._linear(x.reshape(-1, x.shape[-1]), base).view(len(met_KR), -1, len(base))
-        found = found.float()
+        x_KB = x.reshape(len(met_KR), -1, x.shape[-1]).float()
+        alike = torch.bmm(x_KB, met_KR[:, : self._rows].transpose(1, 2)) if self._rows else None
+        return self._moved(found.float(), alike, gives_KR).view(shape).to(x.dtype)
+
+    def _moved(self, found_KB: Tensor, alike_KBH: Tensor | None, gives_KR: Tensor) -> Tensor:
+        """A product with W, which it may write to, and what the rows so far have changed of it."""
         if self._scale_K11 is not None:
-            found.mul_(self._scale_K11)
-        if self._rows:
-            x_KB = x.reshape(len(met_KR), -1, x.shape[-1]).float()
-            alike = torch.bmm(x_KB, met_KR[:, : self._rows].transpose(1, 2))
-            found.baddbmm_(alike.mul_(self._count_K1H), gives_KR[:, : self._rows])
-        return found.view(shape).to(x.dtype)
+            found_KB.mul_(self._scale_K11)
+        if alike_KBH is not None:
+            found_KB.baddbmm_(alike_KBH * self._count_K1H, gives_KR[:, : self._rows])
+        return found_KB
 
     def add(self, left: Tensor, right: Tensor, active: np.ndarray | None) -> None:
         """A step: the gradient is `left right`, [K, O, B] and [K, B, I]; `active` bool [K]."""
@@ -90,9 +94,12 @@ class Factored:
         if active is not None:  # what padding made may be no number
             which = torch.from_numpy(active).to(left.device).view(-1, 1, 1)
             left, right = torch.where(which, left, 0.0), torch.where(which, right, 0.0)
-        self.right_KRI[:, rows] = right
         self.left_KRO[:, rows] = left.transpose(-1, -2)
+        self._keep(rows, right)
         self._count(rows, slice(None) if active is None else active)
+
+    def _keep(self, rows: slice, right: Tensor) -> None:
+        self.right_KRI[:, rows] = right
 
     def _grow(self, more: int) -> None:
         """For steps of more rows than there are examples in their batch promised."""
@@ -131,18 +138,66 @@ class Factored:
         self.left_KRO = self.left_KRO[:, : self._rows].mul_(self._count_K1H.transpose(1, 2))
         self.right_KRI = self.right_KRI[:, : self._rows]
         norms = torch.linalg.vector_norm(self.left_KRO, dim=(1, 2))
-        norms = norms * torch.linalg.vector_norm(self.right_KRI, dim=(1, 2))
+        norms = norms * torch.linalg.vector_norm(self._seen(), dim=(1, 2))
+        self._each = list(zip(self.left_KRO.unbind(), self.right_KRI.unbind(), strict=True))
         return torch.isfinite(norms).cpu().numpy()
+
+    def _seen(self) -> Tensor:
+        """[K, ...] of what is a number only where all rows are."""
+        return self.right_KRI
 
     def __getitem__(self, client: int) -> LowRank:
         """One client's weights."""
-        return LowRank(
-            self.base_OI,
-            float(self._scale_K[client]),
-            self.left_KRO[client],
-            self.right_KRI[client],
-            self._outer,
-        )
+        scale = float(self._scale_K[client])
+        return LowRank(self.base_OI, scale, *self._each[client], self._outer)
+
+
+class OfData(Factored):
+    """A layer whose inputs are the data: W and the rows meet once, before the first step.
+
+    `x_KR` [K, R, ...] are the rows of all steps, `step` of them in each; what `outputs` is given
+    is not looked at.
+    """
+
+    def __init__(
+        self, base_OI: Tensor, x_KR: Tensor, step: int, rule: LocalRule, library: products.Library
+    ):
+        rows_KRI = x_KR.reshape(len(x_KR), -1, base_OI.shape[1])
+        count, rows, inputs = rows_KRI.shape
+        super().__init__(base_OI, count, 0, rule, library)
+        self._step, self.right_KRI = step, rows_KRI
+        self.left_KRO = base_OI.new_empty(count, rows, len(base_OI))
+        self._count_KR, self._velocity_KR = np.zeros((count, rows)), np.zeros((count, rows))
+        found = self._linear(rows_KRI.reshape(-1, inputs), base_OI)
+        self._found_KRO = found.view(count, rows, len(base_OI))
+        self._alike_KRR = self._alike()
+
+    def _alike(self) -> Tensor:
+        """The products of each row with those of the steps before; the rest is not written."""
+        x_KRI, step = self.right_KRI, self._step
+        count, rows, _ = x_KRI.shape
+        alike_KRR = x_KRI.new_empty(count, rows, rows)
+        together = max(1, _TOGETHER // step) * step
+        for first in range(step, rows, together):
+            these = slice(first, min(first + together, rows))
+            before = slice(these.stop - step)
+            alike_KRR[:, these, before] = torch.bmm(
+                x_KRI[:, these], x_KRI[:, before].transpose(1, 2)
+            )
+        return alike_KRR
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """`x W_k^T` of the next step's rows."""
+        rows = slice(self._rows, self._rows + self._step)
+        alike = self._alike_KRR[:, rows, : self._rows] if self._rows else None
+        found = self._moved(self._found_KRO[:, rows].contiguous(), alike, self.left_KRO)
+        return found.view(*x.shape[:-1], -1)
+
+    def _keep(self, rows: slice, right: Tensor) -> None:
+        """They have been there from the start."""
+
+    def _seen(self) -> Tensor:
+        return self._found_KRO  # fewer numbers, to which each of a row has been added
 
 
 # -- in traced graphs
@@ -205,3 +260,23 @@ def _replace(module: GraphModule, weight: Node, found: Node, *, transposed: bool
                 new.meta = dict(user.meta)
         user.replace_all_uses_with(new)
         module.graph.erase_node(user)
+
+
+def of_data(module: GraphModule, held: Collection[int], data: int) -> frozenset[int]:
+    """Of the `Factored` inputs `held`, those that multiply the input `data` as it lies there.
+
+    None where the graph does anything else with that.
+    """
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    weights, ends = {inputs[place]: place for place in held}, {module.graph.output_node()}
+    pending, found = [inputs[data]], set()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target in RESHAPES:
+                pending.append(user)
+            elif user.target == "outputs" and user.args[0] in weights:
+                found.add(weights[user.args[0]])
+            elif user not in ends:  # the factor of a gradient, which is returned
+                return frozenset()
+    return frozenset(found)

@@ -54,14 +54,24 @@ class Feed:
         """Rows that each client sees in all its steps."""
         return self.num_rows_KS.sum(axis=1).astype(int).tolist()
 
-    def at(self, step: int) -> tuple[Tensor, ...]:
-        """(x_KB, y_KB), and weight_KB only where some row is padding."""
+    def at(self, step: int, *, x: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(x_KB, y_KB), and weight_KB only where some row is padding; with another `x` on wish."""
         rows = self.rows_S[step]
-        # One index into rows laid end to end: an index for each axis takes four times as long.
-        # Rows are gathered as they are stored, pixels a byte each, and become floats after that.
-        x = self._images(self.x.index_select(0, rows)).unflatten(0, self.size)
+        if x is None:
+            x = self._gathered(rows).unflatten(0, self.size)
         y = self.y.index_select(0, rows).unflatten(0, self.size)
         return (x, y) if self._full_S[step] else (x, y, self.weight_KSB[:, step])
+
+    def whole(self) -> Tensor:
+        """The x of all steps, [K, S B, ...]."""
+        count, size = self.size
+        rows = self.rows_S.view(-1, count, size).transpose(0, 1).flatten()
+        return self._gathered(rows).unflatten(0, (count, -1))
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        # One index into rows laid end to end: an index for each axis takes four times as long.
+        # Rows are gathered as they are stored, pixels a byte each, and become floats after that.
+        return self._images(self.x.index_select(0, rows))
 
     def active(self, step: int) -> np.ndarray | None:
         """Which clients still have this step, bool [K]; None where all have."""

@@ -18,12 +18,7 @@ from torch.fx import Graph, GraphModule
 
 Node = Any  # a torch.fx.Node, whose arguments may be anything at all
 aten: Any = torch.ops.aten
-_VIEWS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-    aten.reshape.default,
-)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int)
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
 # What makes a tensor of its own, alone or as the first of several; a split's items are views.
@@ -71,7 +66,8 @@ def _does_nothing(node: Node) -> bool:
         return True
     if node.target is aten.mul.Scalar:
         return type(node.args[1]) is int and node.args[1] == 1
-    return node.target in _VIEWS and None is not _shape(node) == _shape(node.args[0])
+    reshapes = node.target in RESHAPES or node.target is aten.expand.default
+    return reshapes and None is not _shape(node) == _shape(node.args[0])
 
 
 def _behind_pool(graph: Graph, relu: Node) -> None:

@@ -91,13 +91,14 @@ def _loss_clients(
     stepper = Stepper(net, stepping, trainable, buffers, inputs, clients=True)
     losses: list[Tensor] = []
     with torch.no_grad():
-        batch = feed.at(0) if feed.num_steps else ()
+        batch: Sequence[Tensor] = feed.at(0) if feed.num_steps else ()
         if batch and chunk.sums:
             rows, most = feed.num_steps * feed.size[1], chunk.most_steps(group) * feed.size[1]
-            stepper.factor(alike, rows, most, keys, batch)
+            stepper.factor(alike, rows, most, keys, batch, feed.whole)
         stepper.own(alike.keys() & trainable.keys())
         for step in range(feed.num_steps):
-            batch = feed.at(step) if step else batch
+            if step:
+                batch = feed.at(step, x=batch[0] if stepper.has_data else None)
             losses.append(stepper.step(keys + step, batch, feed.active(step)))
     mean_K, num_rows_K = feed.means(losses), feed.num_rows_K
     healthy_K = stepper.finish(len(group))

@@ -26,7 +26,7 @@ Way = Literal["loop", "traced", "vmap"]
 Dtype = Literal["float32", "bfloat16"]
 Engine = Literal["auto", "loop", "traced", "vmap"]
 VERSION = 1
-SIDE_BY_SIDE = {"cpu": 64, "cuda": 256}  # clients in one mapped call, at most
+SIDE_BY_SIDE = {"cpu": 128, "cuda": 256}  # clients in one mapped call, at most
 CACHE_BYTES = 16 << 20
 MAPPED_BYTES = 512 << 20  # of all clients' parameters, if they had to be written out
 USUAL_BATCH = 20
@@ -229,8 +229,8 @@ def candidates(
     order: list[tuple[Way, int]] = [("traced", 1), ("loop", 1)]
     if maps:
         order = [("vmap", widest), ("vmap", max(2, widest // 4)), *order]
-    if tries and not images and cached < most <= MAPPED_BYTES // size:
-        order.append(("vmap", most))  # ... but for layers held as factors, which all share
+    if tries and not images and cached < (held := min(most, MAPPED_BYTES // size)):
+        order.append(("vmap", held))  # ... but for layers held as factors, which all share
     if engine != "auto":
         order = [(engine, widest if engine == "vmap" else 1), ("loop", 1)]
     last = images and takes_channels_last(net)

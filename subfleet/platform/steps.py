@@ -8,7 +8,7 @@ weights of large dense layers (`subfleet.platform.factors`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from subfleet.core.lowrank import LowRank
 from subfleet.core.program import Batch, LossProgram, Noise, Params
 from subfleet.platform import factors, kernels, rule
 from subfleet.platform.compiling import compiled
-from subfleet.platform.factors import Factored
+from subfleet.platform.factors import Factored, OfData
 from subfleet.platform.resident import Resident, finite
 from subfleet.platform.traces import Flat, traced
 
@@ -52,16 +52,24 @@ class Stepper:
         local = program.rule
         self._fuses = local.clip_norm is None and not local.proximal
         self._factored: frozenset[int] = frozenset()
+        self._of_data: frozenset[int] = frozenset()
         self._begun = False
 
     def factor(
-        self, bases: Params, rows: int, most: int, key: Tensor, batch: Sequence[Tensor]
+        self,
+        bases: Params,
+        rows: int,
+        most: int,
+        key: Tensor,
+        batch: Sequence[Tensor],
+        data: Callable[[], Tensor] | None = None,
     ) -> list[str]:
         """Holds as factors those weights for which that pays, before the first step.
 
         `bases` are the starts that all clients share, without an axis of clients, `rows` those
         of all steps to come, `most` the same of a client that trains as long as it should, and
-        (`key`, `batch`) such a step. Gives the names.
+        (`key`, `batch`) such a step. `data` gives the inputs of all steps, [K, rows, ...], where
+        those are of one size. Gives the names.
         """
         choice = self.net.choice
         if not choice.factored or choice.compiled or self.program.rule.clip_norm is not None:
@@ -83,10 +91,14 @@ class Stepper:
             base, (each, rest) = bases[names[place]], divmod(flat.products[place], size)
             if rest or most * each > min(base.shape):
                 continue
-            clients = len(batch[0]) if self.clients else None
-            self.weights[names[place]] = Factored(
-                *(base, clients, rows * each, self.program.rule, choice.products)
-            )
+            local, library = self.program.rule, choice.products
+            if data is not None and place in flat.of_data:
+                x_KR = data()
+                self.weights[names[place]] = OfData(base, x_KR, size * each, local, library)
+                self._of_data |= {place}
+            else:
+                clients = len(batch[0]) if self.clients else None
+                self.weights[names[place]] = Factored(base, clients, rows * each, local, library)
             self._factored |= {place}
         return [names[place] for place in self._factored]
 
@@ -108,10 +120,10 @@ class Stepper:
         self._begin()
         loose = self._fuses and active is None
         flat = self._flat(key, batch, self._factored, loose=loose)
-        if flat.held != self._factored:
+        if flat.held != self._factored or not self._of_data <= flat.of_data:
             raise RunFailed(
-                "the clients' loss multiplies by a weight in one step and does something else with "
-                'it in another; set run.engine = "loop"'
+                "the clients' loss does one thing with a weight, or with the data, in one step and "
+                'another in another; set run.engine = "loop"'
             )
         *found, loss = flat.run(*self.weights.values(), *self._others, key, *batch)
         left, kept, products = iter(found), [], []
@@ -134,6 +146,11 @@ class Stepper:
             for weight, old in zip(self._dense, before, strict=True):
                 weight.copy_(chosen(which, weight, old))  # finished clients keep every bit
         return loss
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a step no longer looks at the inputs that it is given."""
+        return bool(self._of_data)
 
     def own(self, names: Collection[str]) -> None:
         """Gives weights that are not held as factors memory of their own, before the first step."""
@@ -234,6 +251,7 @@ class Stepper:
             *(self._gradient, leaves),
             range(len(self.weights)) if loose else held,
             held=held,
+            data=len(self.weights) + len(self._others) + 1,  # after the key
             library=choice.products,
             eager=not compiles,
         )

@@ -28,13 +28,15 @@ class Flat(NamedTuple):
     """A traced function: leaves in, a flat list out.
 
     `products` says which leaves are factors, and of how many rows (`graphs.factored`). The
-    inputs numbered `held` are `subfleet.platform.factors.Factored`.
+    inputs numbered `held` are `subfleet.platform.factors.Factored`, of which those `of_data` may
+    be `OfData`.
     """
 
     run: Callable[..., Sequence[Any]]
     products: Sequence[int]
     module: GraphModule
     held: frozenset[int] = frozenset()
+    of_data: frozenset[int] = frozenset()
 
 
 class Traces:
@@ -59,14 +61,15 @@ def traced(
     loose: Collection[int],
     *,
     held: Collection[int] = (),
+    data: int | None = None,
     library: products.Library = "blas",
     eager: bool,
 ) -> Flat:
     """A pure function of tensors as a flat list of kernels.
 
     The leaves `loose` that it gives may come as two factors each; of its inputs, and leaves,
-    `held`, which are among these, those that can be are `Factored` ones. `eager`: the list is
-    called as it is, and not compiled.
+    `held`, which are among these, those that can be are `Factored` ones, by `data`, the input of
+    that number, or by others. `eager`: the list is called as it is, and not compiled.
     """
     # Tracing runs the function: on copies, for it may update statistics, and without a trace
     # in torch's generator, which the clients draw from.
@@ -86,8 +89,9 @@ def traced(
     graphs.tidy(module, in_place=eager)
     loosened = graphs.factored(module, loose)
     multiplied = factors.multiply(module, [place for place in held if loosened[place]])
+    of_data = frozenset() if data is None else factors.of_data(module, multiplied, data)
     if eager and library == "onednn":
         products.by_onednn(module)
     if eager:
         calls.hasten(module)
-    return Flat(module.forward, loosened, module, multiplied)
+    return Flat(module.forward, loosened, module, multiplied, of_data)

@@ -54,6 +54,18 @@ def test_two_clients_and_what_both_were_sent_by_hand():
     assert (update.weight, update.clients) == (4.0, 2)
 
 
+def test_rows_that_lie_together_are_not_copied():
+    whole = torch.arange(12.0).view(6, 2)
+    one, two, three = whole.split([2, 1, 3])
+    assert lowrank._joined([one, two, three]).data_ptr() == whole.data_ptr()
+    assert lowrank._joined([one, two, three]).tolist() == whole.tolist()
+    assert lowrank._joined([two, three]).tolist() == whole[2:].tolist()
+    assert lowrank._joined([two, one]).tolist() == [[4.0, 5.0], [0.0, 1.0], [2.0, 3.0]]
+    assert lowrank._joined([one, three]).shape == (5, 2)
+    thin = [part[:, :1] for part in (one, two)]
+    assert lowrank._joined(thin).tolist() == [[0.0], [2.0], [4.0]]
+
+
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.integers(0, 3)), min_size=1),
     st.integers(0, 9),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from subfleet.algorithms.fedavg import FedAvg
@@ -20,9 +22,10 @@ from subfleet.models import chain, supernet
 from subfleet.platform import factors, loop, mapped, products
 from subfleet.platform.chunks import Chunk, Trained
 from subfleet.platform.engine import SKIPPED
-from subfleet.platform.factors import Factored
+from subfleet.platform.factors import Factored, OfData
 from subfleet.platform.record import Choice, variant_name
 from subfleet.platform.resident import Resident
+from subfleet.platform.steps import Stepper
 
 FULL = IndexMap.full()
 NET = toys.mlp(dim=40, hidden=(44, 34), classes=5)
@@ -176,6 +179,77 @@ def test_a_step_of_more_rows_than_promised():
     weight.add(torch.ones(2, 4), torch.ones(4, 3), None)
     assert weight.finish().tolist() == [True]
     assert weight[0].dense().tolist() == [[-5.0] * 3] * 2
+
+
+def test_two_steps_on_data_by_hand():
+    """W [[1, 2]]; rows (1, 0) and (0, 1), then (1, 1) and (2, 0); every gradient at W x is 1."""
+    data = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]]])
+    weight = OfData(torch.tensor([[1.0, 2.0]]), data, 2, LocalRule(lr=0.5), "blas")
+    ones = torch.ones(1, 1, 2)
+    assert weight.outputs(data[:, :2]).flatten().tolist() == [1.0, 2.0]
+    weight.add(ones, data[:, :2], None)  # W <- (1, 2) - 0.5 (1, 1)
+    assert weight.outputs(data[:, 2:]).flatten().tolist() == [2.0, 1.0]
+    weight.add(ones, data[:, 2:], None)  # W <- (0.5, 1.5) - 0.5 (3, 1)
+    assert weight.finish().tolist() == [True]
+    assert weight[0].dense().tolist() == [[-1.0, 1.0]]
+
+
+@given(
+    step=st.integers(1, 40),
+    steps=st.integers(1, 6),
+    rule=st.sampled_from(list(RULES.values())),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_what_is_known_before_the_first_step_changes_no_number(step, steps, rule, seed):
+    """Whatever the size of a step, against the rows given step by step."""
+    torch.manual_seed(seed)
+    base, data = torch.randn(3, 7), torch.randn(2, step * steps, 7) / 7
+    ahead = OfData(base, data, step, rule, "blas")
+    plain = Factored(base, 2, step * steps, rule, "blas")
+    for x in data.split(step, dim=1):
+        assert torch.allclose(ahead.outputs(x), plain.outputs(x), atol=1e-5)
+        left = torch.randn(2, 3, step) / step
+        ahead.add(left, x, None)
+        plain.add(left, x, None)
+    assert ahead.finish().all() and plain.finish().all()
+    for client in range(2):
+        assert torch.allclose(ahead[client].dense(), plain[client].dense(), atol=1e-5)
+
+
+def test_a_row_that_is_no_number_is_seen_before_the_first_step():
+    data = torch.ones(3, 2, 4)
+    data[1, 1, 2], data[2, 0, 0] = float("nan"), float("inf")
+    weight = OfData(torch.zeros(2, 4), data, 1, LocalRule(), "blas")
+    weight.add(torch.zeros(3, 2, 1), data[:, :1], None)
+    assert weight.finish().tolist() == [True, False, False]
+
+
+def scores_and_size(net, params, batch, noise, inputs):
+    """A loss that looks at the data itself, beside the network."""
+    rows = torch.nn.functional.cross_entropy(net(params, batch.x), batch.y, reduction="none")
+    return batch.mean(rows * (1.0 + batch.x.square().mean(dim=1))), {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "known"), [(cross_entropy, ["fc0.weight"]), (scores_and_size, [])]
+)
+def test_layers_of_data_are_found(loss, known, monkeypatch):
+    seen = []
+    at_first = Stepper.factor
+
+    def factor(self, *args):
+        names = at_first(self, *args)
+        seen.append([n for n in names if isinstance(self.weights[n], OfData)])
+        return names
+
+    monkeypatch.setattr(Stepper, "factor", factor)
+    program = LossProgram(loss, LocalRule(lr=0.1), Stream(batch=4))
+    found = trained(choice("vmap"), program, [8, 6, 7])
+    assert seen == [known]
+    for one, other in zip(found, trained(choice("loop"), program, [8, 6, 7]), strict=True):
+        assert held(one) == WIDE
+        assert toys.distance(returned(one), other.result.update) < 1e-5
 
 
 @pytest.mark.parametrize("way", ["traced", "vmap"])

@@ -135,7 +135,7 @@ def test_the_round_begins_anew_with_half_as_many_and_the_bits_of_the_narrower_re
     assert first == second
     widths = [(c["from_round"], c["side_by_side"]) for c in choices(tmp_path / "run")]
     # Halved until they fit; how many that are the process's own memory decides.
-    assert widths == [(1, 64), *((2, 64 >> half) for half in range(1, len(widths)))]
+    assert widths == [(1, 128), *((2, 128 >> half) for half in range(1, len(widths)))]
     halved = len(widths) - 1
     assert widths[-1][1] <= 8
     for name, times in (("run", [0, halved, 0]), ("told", [0, 0, 0])):
@@ -144,9 +144,9 @@ def test_the_round_begins_anew_with_half_as_many_and_the_bits_of_the_narrower_re
         assert [record["clients"] for record in records] == [48] * 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["total_out_of_memory"] == halved and len(heard) == 1 + halved
-    assert heard[0].startswith("engine: (8, 4) vmap of 64")
+    assert heard[0].startswith("engine: (8, 4) vmap of 128")
     assert heard[1] == (
-        "engine: (8, 4) vmap of 32 from round 2 on, out of memory with 64 side by side"
+        "engine: (8, 4) vmap of 64 from round 2 on, out of memory with 128 side by side"
     )
 
 
