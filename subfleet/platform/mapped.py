@@ -91,14 +91,14 @@ def _loss_clients(
     stepper = Stepper(net, stepping, trainable, buffers, inputs, clients=True)
     losses: list[Tensor] = []
     with torch.no_grad():
-        batch: Sequence[Tensor] = feed.at(0) if feed.num_steps else ()
+        batch, x = feed.at(0) if feed.num_steps else (), None
         if batch and chunk.sums:
             rows, most = feed.num_steps * feed.size[1], chunk.most_steps(group) * feed.size[1]
             stepper.factor(alike, rows, most, keys, batch, feed.whole)
+            x = batch[0] if stepper.has_data else None  # any will do
         stepper.own(alike.keys() & trainable.keys())
         for step in range(feed.num_steps):
-            if step:
-                batch = feed.at(step, x=batch[0] if stepper.has_data else None)
+            batch = feed.at(step, x=x) if step else batch
             losses.append(stepper.step(keys + step, batch, feed.active(step)))
     mean_K, num_rows_K = feed.means(losses), feed.num_rows_K
     healthy_K = stepper.finish(len(group))
