@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -138,8 +138,14 @@ class Dispatch:
         maps = {task.map.key: task.map for task in plan.tasks}
         macs = {key: self.net.cost(map).macs for key, map in maps.items()}
 
+        seconds: dict[Hashable, float] = {}
+
         def predicted(task: ClientTask) -> float:
-            return bundling.predicted_seconds(phase.program, task, macs[task.map.key])
+            alike = task.map.key, task.num_samples, task.steps
+            if alike not in seconds:
+                cost = macs[task.map.key]
+                seconds[alike] = bundling.predicted_seconds(phase.program, task, cost)
+            return seconds[alike]
 
         cut = bundling.cut(
             plan.tasks,

@@ -284,12 +284,9 @@ class Rounds:
         if self.options.on_nan == "skip":
             return
         bad = [
-            (int(client), self.roster.tier_names[int(tier)])
+            (int(result.table["client"][i]), self.roster.tier_names[int(result.table["tier"][i])])
             for result in results
-            for client, tier, status in zip(
-                result.table["client"], result.table["tier"], result.table["status"], strict=True
-            )
-            if status == SKIPPED
+            for i in np.flatnonzero(result.table["status"] == SKIPPED)
         ]
         if not bad:
             return
