@@ -123,7 +123,7 @@ def test_the_engine_alone_is_measured_without_ray(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     figures = json.loads(ended.stdout)["workloads"]["logreg"]["engine"]
     assert figures["ratio"] > 0
-    assert figures["choice"]["way"] in ("loop", "vmap")
+    assert figures["choice"]["way"] in ("loop", "traced", "vmap")
 
 
 def test_a_report_over_large_runs_is_measured(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_the_engine_cannot_do_is_said(side: Any) -> None:
     alone = side("engine_alone")
     workload = side("workloads").WORKLOADS["logreg"]
     with pytest.raises(InputError, match="dtype='int8'"):
-        alone.choice_for(alone.network(workload), "cpu", alone.How(dtype="int8"))
+        alone.choice_for(workload, "cpu", alone.How(dtype="int8"))
 
 
 @pytest.fixture

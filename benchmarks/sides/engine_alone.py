@@ -5,6 +5,7 @@ Needs torch and NumPy, and no Ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,8 +58,9 @@ def network(workload: Workload) -> SuperNetwork:
     return ZOO[workload.model](input_shape=workload.shape, num_classes=workload.classes)
 
 
-def choice_for(net: SuperNetwork, device: str, how: How) -> Choice:
+def choice_for(workload: Workload, device: str, how: How) -> Choice:
     """How the whole network is computed; `InputError` for what this release cannot do."""
+    net = network(workload)
     variant = net.space.counts(FULL)
     if how.record is not None:
         held = EngineRecord.load(how.record).at(variant_name(variant), device, round=1)
@@ -66,20 +68,42 @@ def choice_for(net: SuperNetwork, device: str, how: How) -> Choice:
             raise SystemExit(f"{how.record} has no choice for {net.name} on {device}")
         return held
     ways = possible(net, LossProgram(cross_entropy, LocalRule(lr=LR), Stream()))
-    first, *_ = candidates(net, variant, device, how.engine, how.dtype, ways=ways, round=1)
-    return replace(first, compiled=how.compiled)
+    worth = candidates(net, variant, device, how.engine, how.dtype, ways=ways, round=1)
+    best = (
+        worth[0] if len(worth) == 1 or how.engine != "auto" else _fastest(workload, device, worth)
+    )
+    return replace(best, compiled=how.compiled)
 
 
-def start(name: str, device: str, processes: int, how: How) -> Prepare:
+def _fastest(workload: Workload, device: str, worth: Sequence[Choice]) -> Choice:
+    """What a run would choose: the fastest in a trial."""
+    threads, algorithm = torch.get_num_threads(), _algorithm(workload)
+    cohort = _cohort(workload, workload.cohort_of(0)[: max(c.side_by_side for c in worth)])
+    plan = algorithm.plan(algorithm.init(algorithm.setting.net.init(0)), cohort, 1)
+    trial = bundles.Trial(0, 1, tuple(plan.tasks), tuple(worth))
+    found = _engine(algorithm, device).trial(
+        trial, {"train": _block(workload, trial.ids)}, plan.shared
+    )
+    torch.set_num_threads(threads)
+    return worth[int(np.argmin(found.table["seconds"]))]
+
+
+def _algorithm(workload: Workload) -> FedAvg:
+    tier, stream = TierSize("all", 1.0, FULL), Stream(batch=workload.batch)
+    net = network(workload)
+    setting = Setting(net, (tier,), LocalRule(lr=LR), stream, seed=0, rounds=1_000_000)
+    return FedAvg(setting, width=1.0)
+
+
+def _engine(algorithm: FedAvg, device: str) -> Engine:
+    return Engine(Work(algorithm.setting.net, algorithm, Scaling(), seed=0), device)
+
+
+def start(name: str, device: str, processes: int, choice: Choice) -> Prepare:
     """One process of the engine. It gets its share of each round as a host does, in bundles."""
     workload = WORKLOADS[name]
-    net = network(workload)
-    choice = choice_for(net, device, how)
-    tier = TierSize("all", 1.0, FULL)
-    stream = Stream(batch=workload.batch)
-    setting = Setting(net, (tier,), LocalRule(lr=LR), stream, seed=0, rounds=1_000_000)
-    algorithm = FedAvg(setting, width=1.0)
-    engine = Engine(Work(net, algorithm, Scaling(), seed=0), device)
+    algorithm = _algorithm(workload)
+    engine, net = _engine(algorithm, device), algorithm.setting.net
     state = algorithm.init(net.init(0))
     macs = net.cost(FULL).macs
     program = algorithm.phase(1).program

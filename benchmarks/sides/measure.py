@@ -74,8 +74,8 @@ def plain_side(name: str, device: str) -> Side:
 def engine(name: str, device: str, how: How, repeats: int) -> dict[str, Any]:
     """The engine alone beside the plain loop, on the same number of processes."""
     workload, processes = WORKLOADS[name], PROCESSES[device]
-    choice = engine_alone.choice_for(engine_alone.network(workload), device, how)
-    mine = Side(engine_alone.start, processes, name, device, processes, how)
+    choice = engine_alone.choice_for(workload, device, how)
+    mine = Side(engine_alone.start, processes, name, device, processes, choice)
     with plain_side(name, device) as other, mine:
         plain, own = Loop(other, workload), Loop(mine, workload)
         with Utilisation(device) as used:
