@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from subfleet import _torchvision
@@ -36,6 +37,9 @@ _HOMES = {
 __all__ = ["Algorithm", "Experiment", "InputError", "Run", "RunFailed", "run"]
 
 _torchvision.install()
+# torch reads it when it first allocates. Tensors from 2 MB on then lie in pages of that size, where
+# Linux has them: of a large network's sums, each as large as two copies of it, all pages are new.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def run(experiment: Experiment, **options: Any) -> Run:

@@ -99,3 +99,15 @@ def test_a_folder_of_the_packages_name_is_no_riddle(tmp_path: Path) -> None:
     # Whether the folder comes before the package depends on how it was installed.
     assert done.stdout.startswith("subfleet 0.") or "hides the package" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("said", "found"), [(None, "1"), ("0", "0")])
+def test_large_tensors_get_large_pages_unless_the_user_says_no(said, found) -> None:
+    name = "THP_MEM_ALLOC_ENABLE"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    if said is not None:
+        environment[name] = said
+    code = f"import sys, subfleet, os; print('torch' in sys.modules, os.environ['{name}'])"
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert told.stdout.split() == ["False", found]  # before torch, which then allocates

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -66,9 +67,21 @@ class Loop:
         return self._workload.cohort / seconds
 
 
+@contextmanager
+def torch_as_it_is() -> Iterator[None]:
+    """For processes begun meanwhile: without the large pages that importing subfleet asks for."""
+    name = "THP_MEM_ALLOC_ENABLE"
+    asked, os.environ[name] = os.environ[name], "0"
+    try:
+        yield
+    finally:
+        os.environ[name] = asked
+
+
 def plain_side(name: str, device: str) -> Side:
     """The processes of the plain loop."""
-    return Side(plain_loop.start, PROCESSES[device], name, device)
+    with torch_as_it_is():
+        return Side(plain_loop.start, PROCESSES[device], name, device)
 
 
 def engine(name: str, device: str, how: How, repeats: int) -> dict[str, Any]:
@@ -114,7 +127,8 @@ def one_peer(peer: str, python: Path, name: str, rounds: int) -> dict[str, Any]:
     with plain_side(name, "cpu") as side:
         plain = Loop(side, workload)
         before = plain()
-        facts = peers.run(peer, python, name, rounds)
+        with torch_as_it_is():
+            facts = peers.run(peer, python, name, rounds)
         beside = (before + plain()) / 2
     pairs = [(beside, workload.cohort / seconds) for seconds in facts.pop("seconds")]
     return summary(pairs, training_flops(workload)) | facts
