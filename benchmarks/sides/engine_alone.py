@@ -27,6 +27,7 @@ from subfleet.platform.record import (
     Choice,
     EngineRecord,
     candidates,
+    fastest,
     possible,
     variant_name,
 )
@@ -72,7 +73,7 @@ def choice_for(workload: Workload, device: str, how: How) -> Choice:
     best = (
         worth[0] if len(worth) == 1 or how.engine != "auto" else _fastest(workload, device, worth)
     )
-    return replace(best, compiled=how.compiled)
+    return replace(best, compiled=how.compiled and best.way != "loop")
 
 
 def _fastest(workload: Workload, device: str, worth: Sequence[Choice]) -> Choice:
@@ -85,7 +86,9 @@ def _fastest(workload: Workload, device: str, worth: Sequence[Choice]) -> Choice
         trial, {"train": _block(workload, trial.ids)}, plan.shared
     )
     torch.set_num_threads(threads)
-    return worth[int(np.argmin(found.table["seconds"]))]
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return worth[fastest(found.table["seconds"])]
 
 
 def _algorithm(workload: Workload) -> FedAvg:

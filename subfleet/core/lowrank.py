@@ -120,18 +120,21 @@ class Owed:
 
 
 def _follows(one: Tensor, other: Tensor) -> bool:
-    """Whether the rows of two matrices lie one after the other in memory."""
-    return one.data_ptr() + one.nbytes == other.data_ptr() and one.is_contiguous()
+    """Whether the rows of two matrices lie one after the other in the same memory."""
+    return (
+        one.data_ptr() + one.nbytes == other.data_ptr()
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """The rows of all matrices; not copied where they lie so in memory."""
-    first, (_, width) = parts[0], parts[0].shape
-    rows = sum(part.shape[0] for part in parts)
-    room = first.untyped_storage().nbytes() // first.itemsize - first.storage_offset()
-    if rows * width > room or not all(map(_follows, parts, parts[1:])):
-        return torch.cat(parts)  # beyond `room`, what comes next in memory is someone else's
-    return first.as_strided((rows, width), (width, 1))
+    if not all(map(_follows, parts, parts[1:])) or not parts[0].is_contiguous():
+        return torch.cat(parts)
+    width = parts[0].shape[1]
+    return parts[0].as_strided((sum(part.shape[0] for part in parts), width), (width, 1))
 
 
 def _plus(total: Tensor | None, tensor: Tensor, weight: float) -> Tensor:

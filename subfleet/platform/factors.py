@@ -91,15 +91,16 @@ class Factored:
         rows = slice(first, self._rows)
         if (more := self._rows - self.left_KRO.shape[1]) > 0:
             self._grow(more)
-        if active is not None:  # what padding made may be no number
+        which = None  # what padding made may be no number
+        if active is not None:
             which = torch.from_numpy(active).to(left.device).view(-1, 1, 1)
-            left, right = torch.where(which, left, 0.0), torch.where(which, right, 0.0)
+            left = torch.where(which, left, 0.0)
         self.left_KRO[:, rows] = left.transpose(-1, -2)
-        self._keep(rows, right)
+        self._keep(rows, right, which)
         self._count(rows, slice(None) if active is None else active)
 
-    def _keep(self, rows: slice, right: Tensor) -> None:
-        self.right_KRI[:, rows] = right
+    def _keep(self, rows: slice, right: Tensor, which: Tensor | None) -> None:
+        self.right_KRI[:, rows] = right if which is None else torch.where(which, right, 0.0)
 
     def _grow(self, more: int) -> None:
         """For steps of more rows than there are examples in their batch promised."""
@@ -138,13 +139,9 @@ class Factored:
         self.left_KRO = self.left_KRO[:, : self._rows].mul_(self._count_K1H.transpose(1, 2))
         self.right_KRI = self.right_KRI[:, : self._rows]
         norms = torch.linalg.vector_norm(self.left_KRO, dim=(1, 2))
-        norms = norms * torch.linalg.vector_norm(self._seen(), dim=(1, 2))
+        norms = norms * torch.linalg.vector_norm(self.right_KRI, dim=(1, 2))
         self._each = list(zip(self.left_KRO.unbind(), self.right_KRI.unbind(), strict=True))
         return torch.isfinite(norms).cpu().numpy()
-
-    def _seen(self) -> Tensor:
-        """[K, ...] of what is a number only where all rows are."""
-        return self.right_KRI
 
     def __getitem__(self, client: int) -> LowRank:
         """One client's weights."""
@@ -190,14 +187,11 @@ class OfData(Factored):
         """`x W_k^T` of the next step's rows."""
         rows = slice(self._rows, self._rows + self._step)
         alike = self._alike_KRR[:, rows, : self._rows] if self._rows else None
-        found = self._moved(self._found_KRO[:, rows].contiguous(), alike, self.left_KRO)
-        return found.view(*x.shape[:-1], -1)
+        found = self._found_KRO[:, rows].clone(memory_format=torch.contiguous_format)
+        return self._moved(found, alike, self.left_KRO).view(*x.shape[:-1], -1)
 
-    def _keep(self, rows: slice, right: Tensor) -> None:
+    def _keep(self, rows: slice, right: Tensor, which: Tensor | None) -> None:
         """They have been there from the start."""
-
-    def _seen(self) -> Tensor:
-        return self._found_KRO  # fewer numbers, to which each of a row has been added
 
 
 # -- in traced graphs
@@ -263,20 +257,21 @@ def _replace(module: GraphModule, weight: Node, found: Node, *, transposed: bool
 
 
 def of_data(module: GraphModule, held: Collection[int], data: int) -> frozenset[int]:
-    """Of the `Factored` inputs `held`, those that multiply the input `data` as it lies there.
+    """Of the `Factored` inputs `held`, those that multiply the input `data`, reshaped or not.
 
-    None where the graph does anything else with that.
+    None where the graph does anything else with that, or multiplies anything else by them.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    weights, ends = {inputs[place]: place for place in held}, {module.graph.output_node()}
+    weights, end = {inputs[place]: place for place in held}, module.graph.output_node()
     pending, found = [inputs[data]], set()
     while pending:
-        node = pending.pop()
-        for user in node.users:
+        for user in pending.pop().users:
             if user.target in RESHAPES:
                 pending.append(user)
             elif user.target == "outputs" and user.args[0] in weights:
+                if len(user.args[0].users) > 1:
+                    return frozenset()
                 found.add(weights[user.args[0]])
-            elif user not in ends:  # the factor of a gradient, which is returned
+            elif user is not end:  # which returns it as a factor of the gradient
                 return frozenset()
     return frozenset(found)

@@ -62,6 +62,11 @@ class Feed:
         y = self.y.index_select(0, rows).unflatten(0, self.size)
         return (x, y) if self._full_S[step] else (x, y, self.weight_KSB[:, step])
 
+    def forms(self, x: Tensor) -> list[tuple[tuple[Tensor, ...], bool]]:
+        """A step of each form that there is, and whether all clients have it, with this `x`."""
+        kinds = list(zip(self._full_S, self._active_S, strict=True))
+        return [(self.at(kinds.index(kind), x=x), kind[1]) for kind in dict.fromkeys(kinds)]
+
     def whole(self) -> Tensor:
         """The x of all steps, [K, S B, ...]."""
         count, size = self.size

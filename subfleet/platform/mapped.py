@@ -94,7 +94,7 @@ def _loss_clients(
         batch, x = feed.at(0) if feed.num_steps else (), None
         if batch and chunk.sums:
             rows, most = feed.num_steps * feed.size[1], chunk.most_steps(group) * feed.size[1]
-            stepper.factor(alike, rows, most, keys, batch, feed.whole)
+            stepper.factor(alike, rows, most, keys, batch, feed)
             x = batch[0] if stepper.has_data else None  # any will do
         stepper.own(alike.keys() & trainable.keys())
         for step in range(feed.num_steps):

@@ -8,7 +8,7 @@ weights of large dense layers (`subfleet.platform.factors`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from subfleet.core.program import Batch, LossProgram, Noise, Params
 from subfleet.platform import factors, kernels, rule
 from subfleet.platform.compiling import compiled
 from subfleet.platform.factors import Factored, OfData
+from subfleet.platform.feed import Feed
 from subfleet.platform.resident import Resident, finite
 from subfleet.platform.traces import Flat, traced
 
@@ -62,14 +63,14 @@ class Stepper:
         most: int,
         key: Tensor,
         batch: Sequence[Tensor],
-        data: Callable[[], Tensor] | None = None,
+        feed: Feed | None = None,
     ) -> list[str]:
         """Holds as factors those weights for which that pays, before the first step.
 
         `bases` are the starts that all clients share, without an axis of clients, `rows` those
         of all steps to come, `most` the same of a client that trains as long as it should, and
-        (`key`, `batch`) such a step. `data` gives the inputs of all steps, [K, rows, ...], where
-        those are of one size. Gives the names.
+        (`key`, `batch`) such a step; `feed` has those of all steps, of clients side by side.
+        Gives the names.
         """
         choice = self.net.choice
         if not choice.factored or choice.compiled or self.program.rule.clip_norm is not None:
@@ -86,21 +87,33 @@ class Stepper:
             return []
         flat = self._flat(key, batch, worth, loose=self._fuses)
         names, size = list(self.weights), batch[0].shape[int(self.clients)]
+        each: dict[int, int] = {}  # rows that a layer sees of an example: its steps of time
         for place in sorted(flat.held):
-            # A layer may see several rows of each example, as many as there are steps of time.
-            base, (each, rest) = bases[names[place]], divmod(flat.products[place], size)
-            if rest or most * each > min(base.shape):
-                continue
-            local, library = self.program.rule, choice.products
-            if data is not None and place in flat.of_data:
-                x_KR = data()
-                self.weights[names[place]] = OfData(base, x_KR, size * each, local, library)
-                self._of_data |= {place}
-            else:
-                clients = len(batch[0]) if self.clients else None
-                self.weights[names[place]] = Factored(base, clients, rows * each, local, library)
-            self._factored |= {place}
-        return [names[place] for place in self._factored]
+            count, rest = divmod(flat.products[place], size)
+            if not rest and most * count <= min(bases[names[place]].shape):
+                each[place] = count
+        self._factored = frozenset(each)
+        if feed is not None and flat.of_data & self._factored:
+            self._of_data = self._on_data(key, feed, batch[0])
+        local, library = self.program.rule, choice.products
+        clients = len(batch[0]) if self.clients else None
+        x_KR = feed.whole() if feed is not None and self._of_data else None
+        for place, count in each.items():
+            base = bases[names[place]]
+            self.weights[names[place]] = (
+                Factored(base, clients, rows * count, local, library)
+                if x_KR is None or place not in self._of_data
+                else OfData(base, x_KR, size * count, local, library)
+            )
+        return [names[place] for place in each]
+
+    def _on_data(self, key: Tensor, feed: Feed, x: Tensor) -> frozenset[int]:
+        """Those held as factors that multiply the data alone, if steps of all forms agree."""
+        found = {
+            self._flat(key, batch, self._factored, loose=self._fuses and whole).of_data
+            for batch, whole in feed.forms(x)
+        }
+        return found.pop() if len(found) == 1 else frozenset()
 
     def plain_step(self, noise: Noise, batch: Batch) -> Tensor:
         """One step of a single client through autograd, in the network's own buffers."""
@@ -120,7 +133,7 @@ class Stepper:
         self._begin()
         loose = self._fuses and active is None
         flat = self._flat(key, batch, self._factored, loose=loose)
-        if flat.held != self._factored or not self._of_data <= flat.of_data:
+        if flat.held != self._factored or (self._of_data and flat.of_data != self._of_data):
             raise RunFailed(
                 "the clients' loss does one thing with a weight, or with the data, in one step and "
                 'another in another; set run.engine = "loop"'

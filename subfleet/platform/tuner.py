@@ -32,12 +32,18 @@ from subfleet.platform.bundles import Trial
 from subfleet.platform.executor import Executor
 from subfleet.platform.files import json_bytes, write_atomic
 from subfleet.platform.job import Job
-from subfleet.platform.record import Choice, candidates, possible, variant_name
+from subfleet.platform.record import (
+    CLEARLY,
+    Choice,
+    candidates,
+    fastest,
+    possible,
+    variant_name,
+)
 from subfleet.platform.runfolder import RunFolder
 
-TRIALS = 2  # the version of what a trial does; times of another are no use
+TRIALS = 3  # the version of what a trial does; times of another are no use
 MOST_TRIED = 3  # variants; the others go by the one nearest in arithmetic
-CLEARLY = 0.95  # of the time of what would be taken untried, or it is not worth another way
 
 
 class Tuner:
@@ -215,9 +221,7 @@ class Tuner:
             with suppress(OSError):  # a cache that cannot be written is none
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, json_bytes(seconds))
-        best = min(range(len(worth)), key=seconds.__getitem__)
-        if seconds[best] > CLEARLY * seconds[0]:
-            best = 0
+        best = fastest(seconds)
         others = ", ".join(
             f"{choice.name} {1e3 * s:.3g}"
             for i, (choice, s) in enumerate(zip(worth, seconds, strict=True))

@@ -64,6 +64,23 @@ def test_rows_that_lie_together_are_not_copied():
     assert lowrank._joined([one, three]).shape == (5, 2)
     thin = [part[:, :1] for part in (one, two)]
     assert lowrank._joined(thin).tolist() == [[0.0], [2.0], [4.0]]
+    assert lowrank._joined(thin[:1]).tolist() == [[0.0], [2.0]]
+
+
+@pytest.mark.parametrize("out", [None, 0, 2, 4])
+def test_sums_of_neighbours_with_one_client_left_out(out, monkeypatch):
+    monkeypatch.setattr(lowrank, "_MANY", 0)
+    base = torch.randn(2, 3)
+    left, right = torch.randn(5, 4, 2), torch.randn(5, 4, 3)
+    if out is not None:
+        left[out] = right[out] = float("nan")
+    held, written = aggregate.Update(), aggregate.Update()
+    for client in range(5):
+        if client != out:
+            value = LowRank(base, 0.5, left[client], right[client])
+            aggregate.accumulate(held, SPACE, FULL, {"w": value}, client + 1.0)
+            aggregate.accumulate(written, SPACE, FULL, {"w": value.dense()}, client + 1.0)
+    torch.testing.assert_close(total(held)["w"], total(written)["w"], rtol=1e-5, atol=1e-5)
 
 
 @given(

@@ -217,11 +217,32 @@ def test_what_is_known_before_the_first_step_changes_no_number(step, steps, rule
         assert torch.allclose(ahead[client].dense(), plain[client].dense(), atol=1e-5)
 
 
-def test_a_row_that_is_no_number_is_seen_before_the_first_step():
+def test_a_client_that_is_done_stays_as_it_is_on_data_too():
+    base, data = torch.ones(2, 3), torch.ones(2, 2, 3)
+    weight = OfData(base, data, 1, LocalRule(lr=1.0, momentum=0.5), "blas")
+    weight.add(torch.ones(2, 2, 1), data[:, :1], None)
+    broken = torch.ones(2, 2, 1)
+    broken[1] = float("nan")
+    assert weight.outputs(data[:, 1:])[:, 0, 0].tolist() == [0.0, 0.0]
+    weight.add(broken, data[:, 1:], np.array([True, False]))
+    assert weight.finish().tolist() == [True, True]
+    assert weight[0].dense().tolist() == [[-1.5] * 3] * 2
+    assert weight[1].dense().tolist() == [[0.0] * 3] * 2
+
+
+def test_outputs_may_be_written_to():
+    """Also those of a single client, whose rows lie as the outputs do."""
+    weight = OfData(torch.ones(2, 3), torch.ones(1, 2, 3), 1, LocalRule(), "blas")
+    weight.outputs(torch.ones(1, 1, 3)).zero_()
+    assert weight.outputs(torch.ones(1, 1, 3)).tolist() == [[[3.0, 3.0]]]
+
+
+def test_a_row_that_is_no_number_is_seen():
     data = torch.ones(3, 2, 4)
     data[1, 1, 2], data[2, 0, 0] = float("nan"), float("inf")
     weight = OfData(torch.zeros(2, 4), data, 1, LocalRule(), "blas")
-    weight.add(torch.zeros(3, 2, 1), data[:, :1], None)
+    for step in range(2):
+        weight.add(torch.zeros(3, 2, 1), data[:, step : step + 1], None)
     assert weight.finish().tolist() == [True, False, False]
 
 
@@ -231,10 +252,75 @@ def scores_and_size(net, params, batch, noise, inputs):
     return batch.mean(rows * (1.0 + batch.x.square().mean(dim=1))), {}
 
 
+PROXY = torch.linspace(-1.0, 1.0, 160).view(4, 40)
+
+
+def distilled(net, params, batch, noise, inputs):
+    """A loss that also scores other rows, through which no gradient goes."""
+    with torch.no_grad():
+        told = net(params, PROXY).mean()
+    rows = torch.nn.functional.cross_entropy(net(params, batch.x), batch.y, reduction="none")
+    return batch.mean(rows) * (1.0 + told.detach() ** 2), {}
+
+
+def twice_at_once(net, params, batch, noise, inputs):
+    """A loss that also scores the same rows without a gradient."""
+    told = net({name: value.detach() for name, value in params.items()}, batch.x)
+    rows = torch.nn.functional.cross_entropy(net(params, batch.x), batch.y, reduction="none")
+    return batch.mean(rows) * (1.0 + 0.1 * told.square().mean()), {}
+
+
+def weighing_rows(net, params, batch, noise, inputs):
+    """A loss that touches the data of part batches only."""
+    x = batch.x if batch.weight is None else batch.x * batch.weight[:, None]
+    return cross_entropy(net, params, batch._replace(x=x), noise, inputs)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("sizes", [[8, 8, 8], [8, 6, 7], [8], [8, 4, 8, 3]])
+def test_layers_on_data_have_the_numbers_of_the_loop(rule, sizes):
+    layers = supernet(TwoSides(), torch.zeros(2, 160))
+    program = toys.loss_program(rule, Stream(batch=4))
+    found = trained(choice("vmap"), program, sizes, layers)
+    wanted = trained(choice("loop"), program, sizes, layers)
+    for one, other in zip(found, wanted, strict=True):
+        assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+class TwoSides(nn.Module):
+    """Two layers on the data, of which one sees four pieces of each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.piece = nn.Linear(160, 48), nn.Linear(40, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.whole(x) + self.piece(x.view(len(x), 4, 40)).sum(1)
+
+
+def test_two_layers_on_data_of_which_one_sees_too_many_rows():
+    net = supernet(TwoSides(), torch.zeros(2, 160))
+    for sizes, names in (([8, 8], ["piece.weight", "whole.weight"]), ([16, 16], ["whole.weight"])):
+        program = toys.loss_program(stream=Stream(batch=4))
+        found = trained(choice("vmap"), program, sizes, net)
+        wanted = trained(choice("loop"), program, sizes, net)
+        for one, other in zip(found, wanted, strict=True):
+            assert held(one) == names
+            assert toys.distance(returned(one), other.result.update) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[8, 6, 7], [8, 8], [8]])
 @pytest.mark.parametrize(
-    ("loss", "known"), [(cross_entropy, ["fc0.weight"]), (scores_and_size, [])]
+    ("loss", "known"),
+    [
+        (cross_entropy, ["fc0.weight"]),
+        (scores_and_size, []),
+        (distilled, []),
+        (twice_at_once, []),
+        (weighing_rows, None),
+    ],
 )
-def test_layers_of_data_are_found(loss, known, monkeypatch):
+def test_layers_of_data_are_found(loss, known, sizes, monkeypatch):
     seen = []
     at_first = Stepper.factor
 
@@ -245,9 +331,11 @@ def test_layers_of_data_are_found(loss, known, monkeypatch):
 
     monkeypatch.setattr(Stepper, "factor", factor)
     program = LossProgram(loss, LocalRule(lr=0.1), Stream(batch=4))
-    found = trained(choice("vmap"), program, [8, 6, 7])
+    found = trained(choice("vmap"), program, sizes)
+    if known is None:
+        known = [] if len(sizes) == 3 else ["fc0.weight"]
     assert seen == [known]
-    for one, other in zip(found, trained(choice("loop"), program, [8, 6, 7]), strict=True):
+    for one, other in zip(found, trained(choice("loop"), program, sizes), strict=True):
         assert held(one) == WIDE
         assert toys.distance(returned(one), other.result.update) < 1e-5
 
@@ -452,11 +540,14 @@ def test_a_client_that_is_not_finite_leaves_no_trace_in_the_sum(way):
     assert toys.distance(summed(found), summed(wanted)) < 1e-6
 
 
-def test_a_last_step_that_overflows_is_seen():
+@pytest.mark.parametrize("on_data", [False, True])
+def test_a_last_step_that_overflows_is_seen(on_data):
     """Its loss was finite, and no other step follows that would tell."""
-    weight = Factored(torch.zeros(2, 2), 2, 1, LocalRule(lr=1.0), "blas")
+    base, rule = torch.zeros(2, 2), LocalRule(lr=1.0)
     left = torch.tensor([[[1e30], [0.0]], [[1.0], [0.0]]])
     right = torch.tensor([[[1e30, 0.0]], [[1.0, 0.0]]])
+    known = OfData(base, right, 1, rule, "blas")
+    weight = known if on_data else Factored(base, 2, 1, rule, "blas")
     weight.add(left, right, None)
     assert weight.finish().tolist() == [False, True]
 
