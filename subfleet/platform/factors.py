@@ -37,11 +37,15 @@ class Factored:
         rows: int,
         rule: LocalRule,
         library: products.Library,
+        right_KRI: Tensor | None = None,
     ):
+        """`right_KRI` are the inputs of all steps, where they are known before the first."""
         (outputs, inputs), count = base_OI.shape, clients or 1
         self.base_OI, self.clients, self._rule = base_OI, clients, rule
         self.left_KRO = base_OI.new_empty(count, rows, outputs)
-        self.right_KRI = base_OI.new_empty(count, rows, inputs)
+        if right_KRI is None:
+            right_KRI = base_OI.new_empty(count, rows, inputs)
+        self.right_KRI = right_KRI
         self._bases: dict[torch.dtype, Tensor] = {}
         self._linear, self._outer = products.linear(library), products.outer(library)
         self._rows = 0  # H
@@ -161,10 +165,8 @@ class OfData(Factored):
     ):
         rows_KRI = x_KR.reshape(len(x_KR), -1, base_OI.shape[1])
         count, rows, inputs = rows_KRI.shape
-        super().__init__(base_OI, count, 0, rule, library)
-        self._step, self.right_KRI = step, rows_KRI
-        self.left_KRO = base_OI.new_empty(count, rows, len(base_OI))
-        self._count_KR, self._velocity_KR = np.zeros((count, rows)), np.zeros((count, rows))
+        super().__init__(base_OI, count, rows, rule, library, rows_KRI)
+        self._step = step
         found = self._linear(rows_KRI.reshape(-1, inputs), base_OI)
         self._found_KRO = found.view(count, rows, len(base_OI))
         self._alike_KRR = self._alike()
